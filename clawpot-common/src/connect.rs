@@ -80,9 +80,12 @@ mod tests {
 
     #[tokio::test]
     async fn requests_are_parsed_strictly() {
-        for (line, want) in
-            [(&b"CONNECT 52\n"[..], Some(52)), (b"CONNECT x\n", None), (b"CONNECT 4294967296\n", None), (b"GET /\n", None)]
-        {
+        for (line, want) in [
+            (&b"CONNECT 52\n"[..], Some(52)),
+            (b"CONNECT x\n", None),
+            (b"CONNECT 4294967296\n", None),
+            (b"GET /\n", None),
+        ] {
             assert_eq!(accept(&mut &line[..]).await.ok(), want, "{line:?}");
         }
     }

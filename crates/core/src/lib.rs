@@ -1,1 +1,23 @@
+//! THE STUDY: every decision, and nothing else. No I/O, no runtime, no clock, no randomness.
+//!
+//! - [`phase`] the states a VM can be in, drawn; [`request`] which request is accepted in which of them
+//! - [`record`] what is written down of a VM before anything of it exists
+//! - [`facts`] what a look at the host tells; [`mod@plan`] record × facts → the one next step
+//! - [`exec`] frames between a caller and a process in a guest
+//! - [`event`] what happened, for people
+//! - [`ports`] the traits that drivers implement
 
+pub mod event;
+pub mod exec;
+pub mod facts;
+pub mod phase;
+pub mod plan;
+pub mod ports;
+pub mod record;
+pub mod request;
+pub mod slot;
+
+pub use facts::{Fact, Facts, GuestFact, VmmFact};
+pub use phase::Phase;
+pub use plan::{Next, Step, plan};
+pub use record::{Desired, Failure, ImagePin, MachineId, Timing, VmRecord, VmSpec, VmmKind};

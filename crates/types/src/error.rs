@@ -86,7 +86,13 @@ impl Error {
     /// The same failure seen from one level up.
     #[must_use]
     pub fn context(self, what: impl Into<String>) -> Self {
-        Self { kind: self.kind, what: what.into(), hint: self.hint.clone(), cleanup: None, source: Some(Box::new(self)) }
+        Self {
+            kind: self.kind,
+            what: what.into(),
+            hint: self.hint.clone(),
+            cleanup: None,
+            source: Some(Box::new(self)),
+        }
     }
 
     /// An I/O error while `what`; its kind follows from the errno where that tells something.

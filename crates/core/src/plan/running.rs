@@ -1,0 +1,106 @@
+//! Goal: the VM runs and its guest answers.
+
+use super::{Next, Step, View, Why};
+use crate::facts::{Clients, GuestFact};
+use crate::{Fact, Phase, VmmFact};
+
+pub(super) fn plan(view: &View<'_>) -> Next {
+    match view.record.phase {
+        Phase::Accepted | Phase::Stopped => view.tear_down().unwrap_or_else(|| view.become_phase(Phase::Preparing)),
+        Phase::Failed => failed(view),
+        Phase::Preparing => preparing(view),
+        Phase::Booting | Phase::Restoring => booting(view),
+        Phase::Running => running(view),
+        // Sleep and pause have no driver yet that would lead here; wait for whoever does.
+        Phase::Paused | Phase::Sleeping | Phase::Asleep | Phase::Waking => Next::Wait { until: None },
+        // Not reached: `plan` sends these elsewhere.
+        Phase::Stopping | Phase::Deleting | Phase::Quarantined => Next::Wait { until: None },
+    }
+}
+
+/// A failed VM is cleaned up and rests, until its owner asks again.
+fn failed(view: &View<'_>) -> Next {
+    if let Some(next) = view.tear_down() {
+        return next;
+    }
+    let asked_again = view.record.failure.as_ref().is_none_or(|failure| failure.generation < view.record.generation);
+    if asked_again {
+        return view.become_phase(Phase::Preparing);
+    }
+    if view.record.remove_when_done { abandoned(view) } else { Next::Wait { until: None } }
+}
+
+fn preparing(view: &View<'_>) -> Next {
+    let facts = view.facts;
+    // Steps in the order in which each needs the one before.
+    for (fact, step) in
+        [(&facts.image, Step::EnsureImage), (&facts.disk, Step::CreateDisk), (&facts.net, Step::EnsureNet)]
+    {
+        match fact {
+            Fact::Present(()) => {}
+            // A disk that was there before holds the owner's data: its loss is not mended by an empty one.
+            Fact::Absent if step == Step::CreateDisk && view.record.incarnation.0 > 1 => {
+                return Next::Fail { why: Why::DiskVanished };
+            }
+            Fact::Absent => return Next::Do(step),
+            Fact::Unknown(_) => return view.look_again(),
+        }
+    }
+    match &facts.vmm {
+        Fact::Absent => Next::Do(Step::PrepareVmm),
+        Fact::Present(VmmFact::Prepared) => Next::Become { phase: Phase::Booting, limit: Some(view.limits.boot) },
+        // Cannot have been started before Booting was written down: not ours to adopt.
+        Fact::Present(VmmFact::Running { .. }) => Next::Do(Step::KillVmm),
+        Fact::Present(VmmFact::Exited { .. }) => Next::Do(Step::DestroyVmm),
+        Fact::Unknown(_) => view.look_again(),
+    }
+}
+
+fn booting(view: &View<'_>) -> Next {
+    match &view.facts.vmm {
+        _ if view.rebooted => Next::Fail { why: Why::HostRebooted },
+        Fact::Present(VmmFact::Prepared) if view.overdue() => give_up(view),
+        Fact::Present(VmmFact::Prepared) => Next::Do(Step::StartVmm),
+        Fact::Present(VmmFact::Running { attached: false }) => Next::Do(Step::AttachVmm),
+        Fact::Present(VmmFact::Running { attached: true }) => match view.facts.guest {
+            GuestFact::Ready => view.become_phase(Phase::Running),
+            _ if view.overdue() => give_up(view),
+            _ => Next::Do(Step::SayHello),
+        },
+        Fact::Present(VmmFact::Exited { how }) => Next::Fail { why: Why::VmmExited(how.clone()) },
+        Fact::Absent => Next::Fail { why: Why::VmmVanished },
+        Fact::Unknown(_) => view.look_again(),
+    }
+}
+
+fn give_up(view: &View<'_>) -> Next {
+    Next::Fail { why: Why::GuestSilent(view.limits.boot) }
+}
+
+fn running(view: &View<'_>) -> Next {
+    match &view.facts.vmm {
+        _ if view.rebooted => Next::Fail { why: Why::HostRebooted },
+        Fact::Present(VmmFact::Running { attached: false }) => Next::Do(Step::AttachVmm),
+        // After a restart of the daemon.
+        Fact::Present(VmmFact::Running { attached: true }) if view.facts.guest == GuestFact::Silent => {
+            Next::Do(Step::SayHello)
+        }
+        Fact::Present(VmmFact::Running { .. }) if view.record.remove_when_done => abandoned(view),
+        Fact::Present(VmmFact::Running { .. }) => Next::Wait { until: None },
+        Fact::Present(VmmFact::Exited { how }) => Next::Fail { why: Why::VmmExited(how.clone()) },
+        Fact::Present(VmmFact::Prepared) | Fact::Absent => Next::Fail { why: Why::VmmVanished },
+        Fact::Unknown(_) => view.look_again(),
+    }
+}
+
+/// When a `remove_when_done` VM has served.
+fn abandoned(view: &View<'_>) -> Next {
+    match view.facts.clients {
+        Clients::Attached => Next::Wait { until: None },
+        Clients::Done => Next::Remove,
+        Clients::NoneSince(since) => {
+            let until = since.after(view.limits.abandoned);
+            if view.now >= until { Next::Remove } else { Next::Wait { until: Some(until) } }
+        }
+    }
+}

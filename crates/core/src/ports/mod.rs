@@ -1,0 +1,25 @@
+//! The traits that drivers implement. Object-safe; `app.rs` alone names a driver.
+//!
+//! On every method: effects are idempotent, a dropped future leaves at most what the next call of the same method finds
+//! and completes, and a driver that cannot do a thing returns `Kind::Unsupported`, never `Ok(())`.
+
+mod guest;
+mod host;
+mod images;
+mod net;
+mod store;
+mod vmm;
+
+pub use guest::{Guest, GuestEndpoint, Hello};
+pub use host::{Clock, Ids};
+pub use images::{BootFiles, ImageInfo, Images, UnreadableImage};
+pub use net::{Net, Seat};
+pub use store::{
+    Change, Durability, Entry, EventLog, Expect, Guard, Listing, Op, StateStore, Txn, TxnOutcome, Unreadable,
+};
+pub use vmm::{Capabilities, Console, Machine, Vmm};
+
+use std::pin::Pin;
+
+/// A stream behind a port.
+pub type BoxStream<T> = Pin<Box<dyn futures_core::Stream<Item = T> + Send>>;

@@ -1,0 +1,186 @@
+//! What is on disk of a VM before anything of it exists. From it alone every name on the host can be computed.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::Ipv4Addr;
+
+use clawpot_types::{
+    Digest, Error, Generation, ImageRef, Incarnation, Kind, Label, MiB, Millis, Slot, Timestamp, Vcpus, VmId, VmName,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::Phase;
+
+/// Version of the record's JSON that this build writes. Newer is refused, older migrated.
+pub const RECORD_VERSION: u32 = 1;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    pub version: u32,
+    pub id: VmId,
+    pub name: VmName,
+    pub labels: BTreeMap<Label, Label>,
+    pub spec: VmSpec,
+    pub image: ImagePin,
+    pub desired: Desired,
+    /// Changes of intent.
+    pub generation: Generation,
+    /// Boots, restores and rollbacks; 0 before the first.
+    pub incarnation: Incarnation,
+    pub phase: Phase,
+    pub phase_since: Timestamp,
+    /// When the current phase has taken too long (Booting) or is over (Stopping: the grace given to the guest).
+    pub deadline: Option<Timestamp>,
+    pub slot: Slot,
+    /// Which VMM the current incarnation runs under, chosen as it is prepared.
+    pub vmm: Option<VmmChoice>,
+    /// The host's boot in which the current incarnation was prepared (`/proc/sys/kernel/random/boot_id`).
+    pub boot_id: String,
+    pub address: Option<Ipv4Addr>,
+    pub created_at: Timestamp,
+    /// The last boot, in order.
+    pub timings: Vec<Timing>,
+    /// The last failure, kept until the next start.
+    pub failure: Option<Failure>,
+    /// Delete the VM when its first exec has ended or no client has been attached for a while.
+    pub remove_when_done: bool,
+    /// How long the guest gets for an orderly shutdown.
+    pub stop_grace: Millis,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSpec {
+    pub image: ImageRef,
+    pub vcpus: Vcpus,
+    pub memory: MiB,
+    pub disk: MiB,
+    /// Defaults of every exec.
+    pub env: Vec<(String, String)>,
+    pub cwd: String,
+    pub user: String,
+}
+
+/// The image as it was when the VM was accepted, whatever its name means later.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImagePin {
+    /// Of the image's manifest.
+    pub digest: Digest,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmmChoice {
+    pub kind: VmmKind,
+    pub version: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmmKind {
+    Firecracker,
+    Qemu,
+}
+
+impl VmmKind {
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Firecracker => "firecracker",
+            Self::Qemu => "qemu",
+        }
+    }
+}
+
+impl fmt::Display for VmmKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What the owner wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Desired {
+    Running,
+    Stopped,
+    Deleted,
+}
+
+impl Desired {
+    pub const ALL: [Self; 3] = [Self::Running, Self::Stopped, Self::Deleted];
+}
+
+/// One boot of one VM: names its cgroup, its directory, its Hello.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct MachineId {
+    pub vm: VmId,
+    pub incarnation: Incarnation,
+}
+
+impl fmt::Display for MachineId {
+    /// `<vm>-<incarnation>`, as in the names of cgroup and jail.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.vm, self.incarnation)
+    }
+}
+
+impl std::str::FromStr for MachineId {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let parse = || {
+            let (vm, incarnation) = text.rsplit_once('-')?;
+            Some(Self { vm: vm.parse().ok()?, incarnation: Incarnation(incarnation.parse().ok()?) })
+        };
+        parse().ok_or_else(|| Error::new(Kind::InvalidArgument, format!("{text:?} is not a machine's name")))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timing {
+    /// A phase ("booting") or a stretch in it ("booting.kernel").
+    pub name: String,
+    pub micros: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    pub during: Phase,
+    /// The generation that failed; a later one starts afresh.
+    pub generation: Generation,
+    pub kind: Kind,
+    /// Which thing, doing what, why.
+    pub message: String,
+    pub hint: Option<String>,
+    /// A clean-up that failed too.
+    pub cleanup: Option<String>,
+    /// The console's last lines.
+    pub console_tail: Vec<String>,
+}
+
+impl VmRecord {
+    #[must_use]
+    pub fn machine(&self) -> MachineId {
+        MachineId { vm: self.id.clone(), incarnation: self.incarnation }
+    }
+
+    /// JSON, as the store keeps it.
+    pub fn encode(&self) -> Result<Vec<u8>, Error> {
+        serde_json::to_vec(self)
+            .map_err(|error| Error::new(Kind::Internal, format!("VM {}: writing its record", self.id)).because(error))
+    }
+
+    /// Reads what [`Self::encode`] wrote. A newer version and anything unreadable are errors that say so.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
+        let corrupt = |error| Error::new(Kind::Corrupt, "VM record: not readable").because(error);
+        #[derive(Deserialize)]
+        struct Head {
+            version: u32,
+        }
+        let head: Head = serde_json::from_slice(bytes).map_err(corrupt)?;
+        if head.version > RECORD_VERSION {
+            let what = format!("VM record: version {} is newer than this server's {RECORD_VERSION}", head.version);
+            return Err(Error::new(Kind::Unsupported, what).hint("run the newer clawpot-server that wrote it"));
+        }
+        serde_json::from_slice(bytes).map_err(corrupt)
+    }
+}
