@@ -40,3 +40,8 @@ pub const CONNECTION_WINDOW: u32 = 16 << 20;
 
 /// Largest chunk of exec data in one frame, bytes.
 pub const EXEC_CHUNK: usize = 64 << 10;
+
+/// Standard input that may be on its way without acknowledgement, bytes: its sender waits for a `stdin_ack` beyond that, so
+/// that acknowledgements, signals and the hang-up behind it in the same stream are never held up by a process that does
+/// not read. The guest refuses more than twice this.
+pub const STDIN_WINDOW: usize = 256 << 10;
