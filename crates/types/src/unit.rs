@@ -26,6 +26,31 @@ impl MiB {
     }
 }
 
+impl MiB {
+    /// Memory that one VM may have, MiB: below 64 no kernel with its initramfs starts; above 1 TiB is a slip of the pen.
+    pub const MEMORY: std::ops::RangeInclusive<u64> = 64..=1 << 20;
+    /// Writable disk that one VM may have, MiB: up to 4 TiB, the disk is sparse.
+    pub const DISK: std::ops::RangeInclusive<u64> = 64..=4 << 20;
+
+    /// As a VM's memory, checked. The client and the server refuse with the same words.
+    pub fn memory(mib: u64) -> Result<Self> {
+        Self::within(mib, &Self::MEMORY, "memory")
+    }
+
+    /// As a VM's disk, checked.
+    pub fn disk(mib: u64) -> Result<Self> {
+        Self::within(mib, &Self::DISK, "disk")
+    }
+
+    fn within(mib: u64, range: &std::ops::RangeInclusive<u64>, what: &str) -> Result<Self> {
+        if range.contains(&mib) {
+            return Ok(Self(mib));
+        }
+        let (least, most) = (range.start(), range.end());
+        Err(Error::new(Kind::InvalidArgument, format!("{what} {mib} MiB: must be {least} to {most} MiB")))
+    }
+}
+
 impl fmt::Display for MiB {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} MiB", self.0)
@@ -101,6 +126,16 @@ mod tests {
     fn four_gib_is_not_zero() {
         assert_eq!(MiB(4096).bytes(), Some(4 << 30));
         assert_eq!(MiB(1 << 50).bytes(), None);
+    }
+
+    #[test]
+    fn memory_and_disk_are_checked() {
+        assert_eq!(MiB::memory(64).unwrap(), MiB(64));
+        assert_eq!(MiB::disk(4_194_304).unwrap().to_string(), "4194304 MiB");
+        assert_eq!(MiB::memory(1).unwrap_err().to_string(), "memory 1 MiB: must be 64 to 1048576 MiB");
+        for bad in [0, 63, 1_048_577, 1 << 32, u64::MAX] {
+            assert!(MiB::memory(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]
