@@ -1,1 +1,21 @@
+//! Use cases over the ports: what an RPC asks for becomes intent in the store; one runner per VM makes it so.
+//!
+//! - [`service`] one file per verb: checks, then one transaction, then a wake-up without data
+//! - [`runner`] the only writer of a VM's phase: look, plan, one step, look again
+//! - [`records`] the typed store and its projection in memory; publishes every change
+//! - [`live`] what only this daemon's memory knows of a VM: its endpoint, its clients
+//! - [`adopt`] at start: every record gets its runner, unreadable ones are shown and left alone
+//!
+//! Architecture Invariant: nothing here names a driver, reads a clock other than the port's, or iterates a hash map.
 
+pub mod adopt;
+pub mod deps;
+pub mod live;
+pub mod records;
+pub mod runner;
+pub mod service;
+
+pub use adopt::start;
+pub use deps::{Deps, Settings, Vmms};
+pub use records::{Changed, Records, Row};
+pub use service::Service;

@@ -64,6 +64,7 @@ pub struct Vcpus(u8);
 
 impl Vcpus {
     pub const MAX: u32 = 32;
+    pub const ONE: Self = Self(1);
 
     #[must_use]
     pub const fn get(self) -> u8 {

@@ -1,0 +1,327 @@
+//! The typed store, and its projection in memory from which reads, lists and watches are served.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use clawpot_core::ports::{Durability, Entry, Expect, Guard, Op, StateStore, Txn, TxnOutcome};
+use clawpot_core::{Phase, VmRecord};
+use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId, VmName};
+use serde::{Deserialize, Serialize};
+use tokio::sync::broadcast;
+
+/// Watchers further behind than this are told so and list again.
+const WATCH_BACKLOG: usize = 1024;
+
+/// One VM as the store has it.
+#[derive(Clone, Debug)]
+pub enum Row {
+    Known {
+        revision: Revision,
+        record: Arc<VmRecord>,
+    },
+    /// Shown as Quarantined; nothing touches what it may own.
+    Unreadable {
+        revision: Revision,
+        why: String,
+    },
+}
+
+impl Row {
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        match self {
+            Self::Known { record, .. } => record.phase,
+            Self::Unreadable { .. } => Phase::Quarantined,
+        }
+    }
+
+    #[must_use]
+    pub const fn revision(&self) -> Revision {
+        match self {
+            Self::Known { revision, .. } | Self::Unreadable { revision, .. } => *revision,
+        }
+    }
+}
+
+/// One change of one VM. `row` is `None` when the VM is gone; `last` is then what it was.
+#[derive(Clone, Debug)]
+pub struct Changed {
+    pub id: VmId,
+    pub revision: Revision,
+    pub row: Option<Row>,
+    pub last: Option<Arc<VmRecord>>,
+}
+
+/// What `slots/<n>` and `names/<name>` hold: whose they are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    pub vm: VmId,
+}
+
+#[derive(Debug, Default)]
+struct Projection {
+    rows: BTreeMap<VmId, Row>,
+    names: BTreeMap<VmName, VmId>,
+    /// From `slots/`, so that a quarantined VM's slot is known too.
+    slots: BTreeMap<Slot, VmId>,
+}
+
+pub struct Records {
+    store: Arc<dyn StateStore>,
+    projection: Mutex<Projection>,
+    changes: broadcast::Sender<Changed>,
+}
+
+impl std::fmt::Debug for Records {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Records").finish_non_exhaustive()
+    }
+}
+
+pub fn vm_key(id: &VmId) -> String {
+    format!("vms/{id}")
+}
+
+pub fn slot_key(slot: Slot) -> String {
+    // Padded, so that the order of keys is the order of numbers.
+    format!("slots/{:05}", slot.0)
+}
+
+pub fn name_key(name: &VmName) -> String {
+    format!("names/{name}")
+}
+
+impl Records {
+    /// Reads everything. What cannot be read becomes an [`Row::Unreadable`] under its key's id.
+    pub async fn load(store: Arc<dyn StateStore>) -> Result<Self> {
+        let mut projection = Projection::default();
+        let vms = store.list("vms/").await?;
+        for Entry { key, value, revision } in vms.entries {
+            let id = id_of(&key)?;
+            match VmRecord::decode(&value) {
+                Ok(record) => {
+                    projection.names.insert(record.name.clone(), id.clone());
+                    projection.rows.insert(id, Row::Known { revision, record: Arc::new(record) });
+                }
+                // A newer server's record is no damage: nothing is touched before someone decides.
+                Err(error) if error.kind() == Kind::Unsupported => return Err(error.context(format!("VM {id}"))),
+                Err(error) => {
+                    projection.rows.insert(id, Row::Unreadable { revision, why: error.chain() });
+                }
+            }
+        }
+        for bad in vms.unreadable {
+            projection
+                .rows
+                .insert(id_of(&bad.key)?, Row::Unreadable { revision: bad.revision, why: bad.error.chain() });
+        }
+        projection.slots = load_slots(&*store, &projection.rows).await?;
+        let (changes, _) = broadcast::channel(WATCH_BACKLOG);
+        Ok(Self { store, projection: Mutex::new(projection), changes })
+    }
+
+    #[must_use]
+    pub fn store(&self) -> &Arc<dyn StateStore> {
+        &self.store
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Projection> {
+        // Every change of the projection is one assignment: a panic elsewhere leaves it whole.
+        self.projection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[must_use]
+    pub fn get(&self, id: &VmId) -> Option<Row> {
+        self.lock().rows.get(id).cloned()
+    }
+
+    /// All rows after `after` in the order of ids.
+    #[must_use]
+    pub fn rows_after(&self, after: Option<&VmId>) -> Vec<(VmId, Row)> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let from = after.map_or(Unbounded, Excluded);
+        self.lock().rows.range::<VmId, _>((from, Unbounded)).map(|(id, row)| (id.clone(), row.clone())).collect()
+    }
+
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.lock().rows.len()
+    }
+
+    #[must_use]
+    pub fn slots_taken(&self) -> BTreeSet<Slot> {
+        self.lock().slots.keys().copied().collect()
+    }
+
+    /// Slots that the store says are `id`'s.
+    #[must_use]
+    pub fn slots_of(&self, id: &VmId) -> Vec<Slot> {
+        self.lock().slots.iter().filter(|(_, owner)| *owner == id).map(|(slot, _)| *slot).collect()
+    }
+
+    /// By id, name, or a prefix of an id that only one VM has.
+    pub fn find(&self, text: &str) -> Result<VmId> {
+        let projection = self.lock();
+        if let Some(id) = text.parse().ok().and_then(|name: VmName| projection.names.get(&name)) {
+            return Ok(id.clone());
+        }
+        let is_prefix = !text.is_empty() && text.len() <= VmId::LEN;
+        let mut found = projection.rows.keys().filter(|id| is_prefix && id.as_str().starts_with(text));
+        match (found.next(), found.next()) {
+            (Some(id), None) => Ok(id.clone()),
+            (Some(a), Some(b)) => {
+                let what = format!("VM {text:?}: several ids begin so, {a} and {b} among them");
+                Err(Error::new(Kind::InvalidArgument, what).hint("give more characters, or the name"))
+            }
+            (None, _) => {
+                let shown: String = text.chars().take(64).collect();
+                Err(Error::new(Kind::NotFound, format!("VM {shown:?}: no such name or id"))
+                    .hint("`clawpot ls` shows what there is"))
+            }
+        }
+    }
+
+    /// From now on; take it before reading rows, or changes between are missed.
+    #[must_use]
+    pub fn subscribe(&self) -> broadcast::Receiver<Changed> {
+        self.changes.subscribe()
+    }
+
+    /// Writes `record` if it still is at `revision`. `None`: somebody changed it meanwhile.
+    pub async fn swap(&self, revision: Revision, record: VmRecord, durability: Durability) -> Result<Option<Revision>> {
+        let key = vm_key(&record.id);
+        let txn = Txn {
+            guards: vec![Guard { key: key.clone(), expect: Expect::Revision(revision) }],
+            ops: vec![Op::Put { key, value: record.encode()? }],
+            durability,
+        };
+        match self.store.txn(txn).await? {
+            TxnOutcome::Committed(revision) => {
+                self.publish(revision, record);
+                Ok(Some(revision))
+            }
+            TxnOutcome::Conflict { .. } => Ok(None),
+        }
+    }
+
+    /// A new VM with the guards of its slot, its name and whatever else `extra` writes, all or nothing.
+    pub async fn insert(&self, record: VmRecord, extra: Option<(String, Vec<u8>)>) -> Result<TxnOutcome> {
+        let claim = encode_claim(&record.id)?;
+        let mut puts = vec![
+            (name_key(&record.name), claim.clone()),
+            (slot_key(record.slot), claim),
+            (vm_key(&record.id), record.encode()?),
+        ];
+        // First, so that a repeated request is told as such and not as a clash of names.
+        puts.splice(0..0, extra);
+        let txn = Txn {
+            guards: puts.iter().map(|(key, _)| Guard { key: key.clone(), expect: Expect::Absent }).collect(),
+            ops: puts.into_iter().map(|(key, value)| Op::Put { key, value }).collect(),
+            durability: Durability::Full,
+        };
+        let outcome = self.store.txn(txn).await?;
+        if let TxnOutcome::Committed(revision) = outcome {
+            self.publish(revision, record);
+        }
+        Ok(outcome)
+    }
+
+    /// Erases the record with what guards its slot and name. `None`: somebody changed it meanwhile.
+    pub async fn forget(&self, id: &VmId, revision: Revision) -> Result<Option<Revision>> {
+        let (names, slots) = {
+            let projection = self.lock();
+            let names: Vec<_> =
+                projection.names.iter().filter(|(_, owner)| *owner == id).map(|(n, _)| n.clone()).collect();
+            let slots: Vec<_> = projection.slots.iter().filter(|(_, owner)| *owner == id).map(|(s, _)| *s).collect();
+            (names, slots)
+        };
+        let key = vm_key(id);
+        let others = names.iter().map(name_key).chain(slots.iter().map(|slot| slot_key(*slot)));
+        let txn = Txn {
+            guards: vec![Guard { key: key.clone(), expect: Expect::Revision(revision) }],
+            ops: std::iter::once(key.clone()).chain(others).map(|key| Op::Delete { key }).collect(),
+            durability: Durability::Full,
+        };
+        let TxnOutcome::Committed(revision) = self.store.txn(txn).await? else { return Ok(None) };
+        let last = {
+            let mut projection = self.lock();
+            projection.names.retain(|_, owner| owner != id);
+            projection.slots.retain(|_, owner| owner != id);
+            projection.rows.remove(id)
+        };
+        let last = match last {
+            Some(Row::Known { record, .. }) => Some(record),
+            _ => None,
+        };
+        self.tell(Changed { id: id.clone(), revision, row: None, last });
+        Ok(Some(revision))
+    }
+
+    fn publish(&self, revision: Revision, record: VmRecord) {
+        let id = record.id.clone();
+        let row = Row::Known { revision, record: Arc::new(record) };
+        {
+            let mut projection = self.lock();
+            // Two writers' commits may arrive here in either order; the later revision stays.
+            if projection.rows.get(&id).is_some_and(|known| known.revision() > revision) {
+                return;
+            }
+            if let Row::Known { record, .. } = &row {
+                projection.names.insert(record.name.clone(), id.clone());
+                projection.slots.insert(record.slot, id.clone());
+            }
+            projection.rows.insert(id.clone(), row.clone());
+        }
+        self.tell(Changed { id, revision, row: Some(row), last: None });
+    }
+
+    fn tell(&self, changed: Changed) {
+        // An error means that nobody watches.
+        self.changes.send(changed).map_or_else(drop, drop);
+    }
+}
+
+fn encode_claim(id: &VmId) -> Result<Vec<u8>> {
+    serde_json::to_vec(&Claim { vm: id.clone() })
+        .map_err(|error| Error::new(Kind::Internal, format!("VM {id}: writing its claims")).because(error))
+}
+
+fn id_of(key: &str) -> Result<VmId> {
+    key.trim_start_matches("vms/").parse().map_err(|error: Error| error.context(format!("store key {key:?}")))
+}
+
+/// Whose each slot is. A claim that cannot be read keeps its slot taken, for the VM whose slot is nowhere else.
+async fn load_slots(store: &dyn StateStore, rows: &BTreeMap<VmId, Row>) -> Result<BTreeMap<Slot, VmId>> {
+    let listing = store.list("slots/").await?;
+    let mut slots = BTreeMap::new();
+    let mut orphans: Vec<String> = listing.unreadable.into_iter().map(|bad| bad.key).collect();
+    for entry in listing.entries {
+        match serde_json::from_slice::<Claim>(&entry.value) {
+            Ok(claim) => drop(slots.insert(slot_of(&entry.key)?, claim.vm)),
+            Err(_) => orphans.push(entry.key),
+        }
+    }
+    for (id, row) in rows {
+        if let Row::Known { record, .. } = row {
+            slots.insert(record.slot, id.clone());
+        }
+    }
+    for key in orphans {
+        let slot = slot_of(&key)?;
+        if !slots.contains_key(&slot) {
+            return Err(Error::new(
+                Kind::Corrupt,
+                format!("store key {key:?}: cannot be read, and no VM says that it is its"),
+            )
+            .hint(
+                "restore the store from a backup, or delete that row with sqlite3 once nothing of the slot is left",
+            ));
+        }
+    }
+    Ok(slots)
+}
+
+fn slot_of(key: &str) -> Result<Slot> {
+    let number = key.trim_start_matches("slots/").parse();
+    number.map(Slot).map_err(|error| Error::new(Kind::Corrupt, format!("store key {key:?}: not a slot")).because(error))
+}

@@ -1,0 +1,120 @@
+//! One step: the record says to whom and with what.
+
+use clawpot_core::facts::GuestFact;
+use clawpot_core::plan::Step;
+use clawpot_core::ports::{Machine, Vmm};
+use clawpot_core::{Phase, VmRecord};
+use clawpot_types::{Error, Kind, Millis, Result};
+use tracing::info;
+
+use super::Runner;
+use crate::live::Link;
+
+impl Runner {
+    pub(super) async fn act(&self, step: Step, record: &VmRecord) -> Result<()> {
+        let deps = &self.deps;
+        let done = match step {
+            Step::EnsureImage => deps.images.ensure(&record.image).await.map(drop),
+            Step::CreateDisk => deps.images.create_disk(&record.id, record.spec.disk).await.map(drop),
+            Step::EnsureNet => deps.net.ensure(record.slot).await,
+            Step::PrepareVmm => self.prepare(record).await,
+            Step::StartVmm => self.start(record).await,
+            Step::AttachVmm => self.attach(record).await,
+            Step::SayHello => self.say_hello(record).await,
+            Step::AskShutdown => self.ask_shutdown(record).await,
+            Step::KillVmm => self.vmm(record)?.stop(&record.machine()).await,
+            Step::DestroyVmm => self.destroy(record).await,
+            Step::RemoveNet => deps.net.remove(record.slot).await,
+            Step::RemoveDisk => deps.images.remove_disk(&record.id).await,
+            Step::RemoveTraces => deps.console.erase(&record.id).await,
+        };
+        done.map_err(|error| error.context(format!("VM {}: {}", record.name, doing(step))))
+    }
+
+    fn vmm(&self, record: &VmRecord) -> Result<&std::sync::Arc<dyn Vmm>> {
+        let choice = record.vmm.as_ref().ok_or_else(|| {
+            Error::new(Kind::Internal, format!("VM {}: no VMM was chosen in phase {}", record.name, record.phase))
+        })?;
+        self.deps.vmms.get(choice.kind)
+    }
+
+    async fn machine(&self, record: &VmRecord) -> Result<Machine> {
+        Ok(Machine {
+            id: record.machine(),
+            name: record.name.clone(),
+            vcpus: record.spec.vcpus,
+            memory: record.spec.memory,
+            files: self.deps.images.ensure(&record.image).await?,
+            disk: self.deps.images.disk_path(&record.id),
+            seat: self.deps.net.seat(record.slot)?,
+        })
+    }
+
+    async fn prepare(&self, record: &VmRecord) -> Result<()> {
+        let machine = self.machine(record).await?;
+        self.vmm(record)?.prepare(&machine).await
+    }
+
+    async fn start(&self, record: &VmRecord) -> Result<()> {
+        let machine = self.machine(record).await?;
+        self.vmm(record)?.start(&machine).await
+    }
+
+    async fn attach(&self, record: &VmRecord) -> Result<()> {
+        let seat = self.deps.net.seat(record.slot)?;
+        let endpoint = self.vmm(record)?.attach(&record.machine(), &seat).await?;
+        let link = Link { machine: record.machine(), endpoint, guest: GuestFact::Silent };
+        self.lives.set_link(&record.id, Some(link));
+        Ok(())
+    }
+
+    async fn say_hello(&self, record: &VmRecord) -> Result<()> {
+        let link = self.link(record)?;
+        let hello = self.deps.guest.hello(&link.machine, &link.endpoint).await?;
+        if record.phase == Phase::Booting {
+            info!(vm = %record.id, name = %record.name, agent = hello.agent_version, kernel = hello.kernel_release, "guest says hello");
+        }
+        self.lives.set_hello(&record.id, hello.timings);
+        self.lives.set_guest(&record.id, GuestFact::Ready);
+        Ok(())
+    }
+
+    async fn ask_shutdown(&self, record: &VmRecord) -> Result<()> {
+        let link = self.link(record)?;
+        // Half of what is left, so that the guest's own patience ends before ours.
+        let left = record.deadline.map_or(std::time::Duration::ZERO, |deadline| deadline.since(self.deps.clock.now()));
+        let grace = Millis(u64::try_from(left.as_millis() / 2).unwrap_or(u64::MAX));
+        self.deps.guest.shutdown(&link.machine, &link.endpoint, grace).await?;
+        self.lives.set_guest(&record.id, GuestFact::ShuttingDown);
+        Ok(())
+    }
+
+    async fn destroy(&self, record: &VmRecord) -> Result<()> {
+        self.deps.guest.forget(&record.machine());
+        self.lives.set_link(&record.id, None);
+        self.vmm(record)?.destroy(&record.machine()).await
+    }
+
+    fn link(&self, record: &VmRecord) -> Result<Link> {
+        let link = self.lives.link(&record.id).filter(|link| link.machine == record.machine());
+        link.ok_or_else(|| Error::new(Kind::Unavailable, "its guest is not attached"))
+    }
+}
+
+const fn doing(step: Step) -> &'static str {
+    match step {
+        Step::EnsureImage => "verifying its image",
+        Step::CreateDisk => "creating its disk",
+        Step::EnsureNet => "making its network",
+        Step::PrepareVmm => "preparing its directory",
+        Step::StartVmm => "starting the VMM",
+        Step::AttachVmm => "attaching to the VMM",
+        Step::SayHello => "greeting the guest",
+        Step::AskShutdown => "asking the guest to shut down",
+        Step::KillVmm => "killing the VMM",
+        Step::DestroyVmm => "removing the machine",
+        Step::RemoveNet => "removing its network",
+        Step::RemoveDisk => "removing its disk",
+        Step::RemoveTraces => "removing its logs",
+    }
+}

@@ -1,0 +1,60 @@
+//! What is. Asks only what the phase's plan can use: a look costs a few system calls.
+
+use clawpot_core::facts::GuestFact;
+use clawpot_core::{Fact, Facts, Phase, VmRecord, VmmFact};
+
+use super::Runner;
+
+impl Runner {
+    pub(super) async fn look(&self, record: &VmRecord) -> Facts {
+        let deps = &self.deps;
+        let preparing = record.phase == Phase::Preparing;
+        let deleting = record.phase == Phase::Deleting;
+        let image = match preparing {
+            true => Fact::from_look(deps.images.look(&record.image).await),
+            false => not_asked(),
+        };
+        let disk = match preparing || deleting {
+            true => Fact::from_look(deps.images.look_disk(&record.id).await),
+            false => not_asked(),
+        };
+        let traces = match deleting {
+            true => Fact::from_look(deps.console.look(&record.id).await),
+            false => not_asked(),
+        };
+        let net = match matches!(record.phase, Phase::Booting | Phase::Running) {
+            true => not_asked(),
+            false => Fact::from_look(deps.net.look(record.slot).await),
+        };
+        let link = self.lives.link(&record.id).filter(|link| link.machine == record.machine());
+        let vmm = match self.inspect(record).await {
+            // Without the endpoint the runner cannot speak to the guest, whatever the driver has open.
+            Fact::Present(VmmFact::Running { attached }) => {
+                Fact::Present(VmmFact::Running { attached: attached && link.is_some() })
+            }
+            other => other,
+        };
+        Facts {
+            image,
+            disk,
+            net,
+            vmm,
+            guest: link.map_or(GuestFact::Silent, |link| link.guest),
+            traces,
+            clients: self.lives.clients(&record.id),
+            boot_id: deps.boot_id.clone(),
+        }
+    }
+
+    async fn inspect(&self, record: &VmRecord) -> Fact<VmmFact> {
+        let Some(choice) = &record.vmm else { return Fact::Absent };
+        match self.deps.vmms.get(choice.kind) {
+            Ok(vmm) => vmm.inspect(&record.machine()).await,
+            Err(error) => Fact::Unknown(error.chain()),
+        }
+    }
+}
+
+fn not_asked<T>() -> Fact<T> {
+    Fact::Unknown("not asked in this phase".to_owned())
+}

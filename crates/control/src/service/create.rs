@@ -1,0 +1,162 @@
+//! Create: admission, then one transaction that writes record, slot, name and request id. Nothing exists before it.
+
+use std::collections::BTreeMap;
+
+use clawpot_core::ports::TxnOutcome;
+use clawpot_core::record::RECORD_VERSION;
+use clawpot_core::{Desired, ImagePin, Phase, VmRecord, VmSpec};
+use clawpot_types::{Error, Generation, Incarnation, Kind, Label, Result, Revision, Slot, Timestamp, VmId, VmName};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+use super::{Service, known, tell};
+use crate::Settings;
+use crate::records::{name_key, slot_key};
+
+/// What a client may ask for, checked in form by the API.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateVm {
+    pub name: Option<VmName>,
+    pub labels: BTreeMap<Label, Label>,
+    pub spec: VmSpec,
+    pub remove_when_done: bool,
+}
+
+/// `requests/<id>`: what was asked and which VM it made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Request {
+    pub body: CreateVm,
+    pub vm: VmId,
+    pub at: Timestamp,
+}
+
+/// Longest request id, bytes.
+pub const MAX_REQUEST_ID: usize = 128;
+
+/// How often a clash of slots or of chosen names is tried again.
+const ATTEMPTS: usize = 16;
+
+impl Service {
+    /// Accepts a VM; its runner brings it up. The same `request_id` with the same body is the same VM, for 24 hours.
+    pub async fn create(&self, request_id: &str, body: CreateVm, actor: &str) -> Result<(Revision, Arc<VmRecord>)> {
+        check(&body.spec)?;
+        let request_key = request_key(request_id)?;
+        if let Some(key) = &request_key
+            && let Some(earlier) = self.records.store().get(key).await?
+        {
+            return self.repeated(&earlier.value, &body);
+        }
+        let image = self.deps.images.resolve(&body.spec.image).await?;
+        for _ in 0..ATTEMPTS {
+            let record = self.draft(&body, image.clone())?;
+            let extra = match &request_key {
+                Some(key) => Some((key.clone(), encode(&body, &record)?)),
+                None => None,
+            };
+            match self.records.insert(record.clone(), extra).await? {
+                TxnOutcome::Committed(revision) => {
+                    tell(&self.deps, revision, &record, "vm.create", actor).await;
+                    self.run(&record.id);
+                    self.warm().await;
+                    return Ok((revision, Arc::new(record)));
+                }
+                TxnOutcome::Conflict { key, .. } => self.clash(&key, &request_key, &record, &body).await?,
+            }
+        }
+        Err(Error::new(Kind::Conflict, "create: slots and names were taken by others again and again"))
+    }
+
+    fn draft(&self, body: &CreateVm, image: ImagePin) -> Result<VmRecord> {
+        let now = self.deps.clock.now();
+        Ok(VmRecord {
+            version: RECORD_VERSION,
+            id: self.deps.ids.vm_id(),
+            name: body.name.clone().unwrap_or_else(|| self.deps.ids.vm_name()),
+            labels: body.labels.clone(),
+            spec: body.spec.clone(),
+            image,
+            desired: Desired::Running,
+            generation: Generation(1),
+            incarnation: Incarnation(0),
+            phase: Phase::Accepted,
+            phase_since: now,
+            deadline: None,
+            slot: self.free_slot()?,
+            vmm: None,
+            boot_id: String::new(),
+            address: None,
+            created_at: now,
+            timings: Vec::new(),
+            failure: None,
+            remove_when_done: body.remove_when_done,
+            stop_grace: self.deps.settings.stop_grace,
+        })
+    }
+
+    fn free_slot(&self) -> Result<Slot> {
+        self.next_slot().ok_or_else(|| {
+            let count = self.deps.net.slots();
+            Error::new(Kind::Exhausted, format!("create: all {count} network slots of this server are taken"))
+                .hint("delete VMs that are not needed: `clawpot ls`, `clawpot rm`")
+        })
+    }
+
+    /// `Ok`: try again with another draft.
+    async fn clash(&self, key: &str, request_key: &Option<String>, record: &VmRecord, body: &CreateVm) -> Result<()> {
+        if Some(key) == request_key.as_deref() {
+            // The same request, a moment earlier: its answer is found at the next turn.
+            return Err(Error::new(Kind::Conflict, "create: the same request is being accepted right now")
+                .hint("repeat it with the same request_id"));
+        }
+        if key == name_key(&record.name) && body.name.is_some() {
+            let owner = self
+                .records
+                .find(record.name.as_str())
+                .map_or_else(|_| "another VM".to_owned(), |id| format!("VM {id}"));
+            return Err(Error::new(Kind::AlreadyExists, format!("name {:?}: taken by {owner}", record.name.as_str()))
+                .hint("choose another name, or delete that VM first"));
+        }
+        tracing::debug!(key, slot = slot_key(record.slot), "create: taken, trying another");
+        Ok(())
+    }
+
+    fn repeated(&self, earlier: &[u8], body: &CreateVm) -> Result<(Revision, Arc<VmRecord>)> {
+        let earlier: Request = serde_json::from_slice(earlier).map_err(|error| {
+            Error::new(Kind::Corrupt, "request_id: what was asked before cannot be read").because(error)
+        })?;
+        if earlier.body != *body {
+            let what = format!("request_id: used before for VM {} with another body", earlier.vm);
+            return Err(Error::new(Kind::AlreadyExists, what).hint("use a new request_id for a new request"));
+        }
+        let row = self.records.get(&earlier.vm);
+        known(&earlier.vm, row).map_err(|error| error.context("request_id: used before"))
+    }
+}
+
+fn check(spec: &VmSpec) -> Result<()> {
+    let range = |field: &str, value: clawpot_types::MiB, range: std::ops::RangeInclusive<u64>| {
+        if range.contains(&value.0) {
+            return Ok(());
+        }
+        let what = format!("{field}: {value}: must be {} to {} MiB", range.start(), range.end());
+        Err(Error::new(Kind::InvalidArgument, what))
+    };
+    range("spec.memory_mib", spec.memory, Settings::MEMORY)?;
+    range("spec.disk_mib", spec.disk, Settings::DISK)
+}
+
+fn request_key(id: &str) -> Result<Option<String>> {
+    if id.is_empty() {
+        return Ok(None);
+    }
+    if id.len() > MAX_REQUEST_ID || !id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.')) {
+        let what = format!("request_id: must be at most {MAX_REQUEST_ID} of [A-Za-z0-9._-]");
+        return Err(Error::new(Kind::InvalidArgument, what));
+    }
+    Ok(Some(format!("requests/{id}")))
+}
+
+fn encode(body: &CreateVm, record: &VmRecord) -> Result<Vec<u8>> {
+    serde_json::to_vec(&Request { body: body.clone(), vm: record.id.clone(), at: record.created_at })
+        .map_err(|error| Error::new(Kind::Internal, "request_id: writing it down").because(error))
+}

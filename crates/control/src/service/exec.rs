@@ -1,0 +1,125 @@
+//! Exec: waits for a VM on its way up, then relays frames. Nothing is buffered here beyond one frame.
+
+use std::sync::Arc;
+
+use clawpot_core::exec::{ExecInput, ExecOutput, ExecStart};
+use clawpot_core::ports::BoxStream;
+use clawpot_core::request::{Answer, Request, answer};
+use clawpot_core::{Phase, VmRecord};
+use clawpot_types::{Error, Kind, Result, VmId};
+use futures_util::StreamExt as _;
+use tokio::sync::broadcast::error::RecvError;
+
+use super::{Service, known};
+use crate::live::{Link, Lives};
+
+impl Service {
+    /// One attachment to one exec in `vm`. `first` is `Start` or `Attach`; `rest` what the caller sends after.
+    pub async fn exec(
+        &self,
+        vm: &str,
+        first: ExecInput,
+        rest: BoxStream<ExecInput>,
+    ) -> Result<BoxStream<Result<ExecOutput>>> {
+        let id = self.records.find(vm)?;
+        let mut attachment = Attachment::new(self, &id);
+        let (record, link) = self.ready(&id).await?;
+        let first = match first {
+            ExecInput::Start(start) => ExecInput::Start(with_defaults(start, &record)),
+            other => other,
+        };
+        let input = Box::pin(futures_util::stream::once(async { first }).chain(rest));
+        let mut output = self.deps.guest.exec(&link.machine, &link.endpoint, input).await?;
+        Ok(Box::pin(futures_util::stream::poll_fn(move |cx| {
+            let next = output.poll_next_unpin(cx);
+            if let std::task::Poll::Ready(Some(Ok(ExecOutput::Exited(_) | ExecOutput::Failed { .. }))) = &next {
+                attachment.end();
+            }
+            next
+        })))
+    }
+
+    /// The VM's guest, once it answers. Waits while the VM is on its way to Running.
+    async fn ready(&self, id: &VmId) -> Result<(Arc<VmRecord>, Link)> {
+        let mut changes = self.records.subscribe();
+        loop {
+            let (_, record) = known(id, self.records.get(id))?;
+            match answer(Request::Exec, record.phase, record.desired) {
+                Answer::Deny(why) => return Err(denied(&record, why)),
+                Answer::Accept => {
+                    let link = self.lives.link(id).filter(|link| link.machine == record.machine());
+                    if let Some(link) = link {
+                        return Ok((record, link));
+                    }
+                    // Running before this daemon was: its runner attaches in a moment.
+                    tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                    continue;
+                }
+                Answer::Await | Answer::Ignore => {}
+            }
+            loop {
+                match changes.recv().await {
+                    Ok(changed) if changed.id != *id => {}
+                    Ok(_) | Err(RecvError::Lagged(_)) => break,
+                    Err(RecvError::Closed) => return Err(Error::new(Kind::Unavailable, "the server is going")),
+                }
+            }
+        }
+    }
+}
+
+fn denied(record: &VmRecord, why: &str) -> Error {
+    let mut error =
+        Error::new(Kind::FailedPrecondition, format!("VM {}: cannot run a command in it: {why}", record.name));
+    if let (Phase::Failed, Some(failure)) = (record.phase, &record.failure) {
+        error = error.because(failure.message.clone());
+        let start = format!("look at `clawpot logs {0}`, then `clawpot start {0}`", record.name);
+        return error.hint(failure.hint.clone().unwrap_or(start));
+    }
+    error.hint(format!("clawpot start {}", record.name))
+}
+
+/// The exec's own settings win over the VM's.
+fn with_defaults(mut start: ExecStart, record: &VmRecord) -> ExecStart {
+    let spec = &record.spec;
+    let mut env: Vec<_> = spec
+        .env
+        .iter()
+        .map(|(name, value)| (name.clone().into_bytes().into(), value.clone().into_bytes().into()))
+        .filter(|(name, _)| !start.env.iter().any(|(own, _)| own == name))
+        .collect();
+    env.append(&mut start.env);
+    start.env = env;
+    if start.cwd.is_empty() {
+        start.cwd.clone_from(&spec.cwd);
+    }
+    if start.user.is_empty() {
+        start.user.clone_from(&spec.user);
+    }
+    start
+}
+
+/// Counts a client as attached for as long as it lives.
+struct Attachment {
+    lives: Arc<Lives>,
+    clock: Arc<dyn clawpot_core::ports::Clock>,
+    id: VmId,
+    ended: bool,
+}
+
+impl Attachment {
+    fn new(service: &Service, id: &VmId) -> Self {
+        service.lives.attach(id);
+        Self { lives: service.lives.clone(), clock: service.deps.clock.clone(), id: id.clone(), ended: false }
+    }
+
+    fn end(&mut self) {
+        self.ended = true;
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        self.lives.detach(&self.id, self.ended, self.clock.now());
+    }
+}

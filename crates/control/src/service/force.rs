@@ -1,0 +1,34 @@
+//! The way out of quarantine, on the owner's explicit word: everything on the host that bears the VM's id is removed,
+//! then its row. The record cannot be asked, so the host is.
+
+use std::time::Duration;
+
+use clawpot_types::{Error, Kind, Result, Revision, VmId};
+
+use super::Service;
+
+/// A killed process that has not gone by then is stuck in the kernel.
+const DEATH: Duration = Duration::from_secs(5);
+
+impl Service {
+    pub(super) async fn force(&self, id: &VmId, revision: Revision) -> Result<()> {
+        for vmm in self.deps.vmms.iter() {
+            for machine in vmm.list().await?.into_iter().filter(|machine| machine.vm == *id) {
+                vmm.stop(&machine).await?;
+                tokio::time::timeout(DEATH, vmm.exited(&machine)).await.map_err(|_| {
+                    Error::new(Kind::Timeout, format!("VM {id}: machine {machine}: its processes do not die"))
+                })?;
+                vmm.destroy(&machine).await?;
+            }
+        }
+        for slot in self.records.slots_of(id) {
+            self.deps.net.remove(slot).await?;
+        }
+        self.deps.images.remove_disk(id).await?;
+        self.deps.console.erase(id).await?;
+        match self.records.forget(id, revision).await? {
+            Some(_) => Ok(()),
+            None => Err(Error::new(Kind::Conflict, format!("VM {id}: its row changed while it was removed"))),
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! The use cases, one file per verb. Each checks first, then writes intent in one transaction, then wakes the runner.
+//!
+//! - [`create`] · [`read`] get, list, watch · [`intent`] start, stop, delete · [`exec`] · [`console`] · [`force`] the way
+//!   out of quarantine
+
+pub mod console;
+pub mod create;
+pub mod exec;
+pub mod force;
+pub mod intent;
+pub mod read;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use clawpot_core::VmRecord;
+use clawpot_core::event::Event;
+use clawpot_core::slot::next_free;
+use clawpot_types::{Result, Revision, Slot, VmId};
+use tokio::sync::watch;
+use tracing::warn;
+
+use crate::Deps;
+use crate::live::Lives;
+use crate::records::Records;
+use crate::runner::Runner;
+
+/// What the API calls. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Service {
+    pub(crate) deps: Deps,
+    pub(crate) records: Arc<Records>,
+    pub(crate) lives: Arc<Lives>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Where the search for a free slot goes on.
+    last_slot: Mutex<Option<Slot>>,
+    leaving: watch::Sender<bool>,
+    runners: Mutex<Vec<tokio::task::JoinHandle<()>>>,
+}
+
+impl Service {
+    pub(crate) fn new(deps: Deps, records: Arc<Records>) -> Self {
+        let shared =
+            Shared { last_slot: Mutex::new(None), leaving: watch::channel(false).0, runners: Mutex::new(Vec::new()) };
+        Self { deps, records, lives: Arc::default(), shared: Arc::new(shared) }
+    }
+
+    #[must_use]
+    pub const fn deps(&self) -> &Deps {
+        &self.deps
+    }
+
+    #[must_use]
+    pub const fn records(&self) -> &Arc<Records> {
+        &self.records
+    }
+
+    /// Gives the VM its runner. Called once per VM: at create, or at start of the daemon.
+    pub(crate) fn run(&self, id: &VmId) {
+        let wake = self.lives.enter(id, self.deps.clock.now());
+        let runner = Runner {
+            deps: self.deps.clone(),
+            records: self.records.clone(),
+            lives: self.lives.clone(),
+            id: id.clone(),
+            wake,
+            leaving: self.shared.leaving.subscribe(),
+        };
+        let task = tokio::spawn(runner.run());
+        let mut runners = self.shared.runners.lock().unwrap_or_else(PoisonError::into_inner);
+        runners.retain(|task| !task.is_finished());
+        runners.push(task);
+    }
+
+    /// Ends every runner after the step it is in. VMs stay as they are; the next daemon adopts them.
+    pub async fn leave(&self) {
+        self.shared.leaving.send_replace(true);
+        let runners = std::mem::take(&mut *self.shared.runners.lock().unwrap_or_else(PoisonError::into_inner));
+        for task in runners {
+            if let Err(error) = task.await {
+                warn!(%error, "a runner ended by panic");
+            }
+        }
+    }
+
+    /// The next free slot; each call goes on from the last one's.
+    fn next_slot(&self) -> Option<Slot> {
+        let taken = self.records.slots_taken();
+        let mut last = self.shared.last_slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = next_free(&taken, *last, self.deps.net.slots())?;
+        *last = Some(slot);
+        Some(slot)
+    }
+
+    /// Lets the network prepare the slots that will be asked for next.
+    pub(crate) async fn warm(&self) {
+        let mut taken = self.records.slots_taken();
+        let mut last = *self.shared.last_slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = Vec::new();
+        while next.len() < self.deps.settings.warm_slots {
+            let Some(slot) = next_free(&taken, last, self.deps.net.slots()) else { break };
+            taken.insert(slot);
+            last = Some(slot);
+            next.push(slot);
+        }
+        self.deps.net.warm(&next).await;
+    }
+}
+
+/// An event of what somebody asked for. Losing it loses no intent: that is in the record already.
+pub(crate) async fn tell(deps: &Deps, id: Revision, record: &VmRecord, kind: &str, actor: &str) {
+    let event = Event {
+        id,
+        time: deps.clock.now(),
+        vm: record.id.clone(),
+        name: record.name.clone(),
+        incarnation: record.incarnation,
+        kind: kind.to_owned(),
+        message: format!("generation {}", record.generation),
+        actor: actor.to_owned(),
+    };
+    if let Err(error) = deps.events.append(vec![event]).await {
+        warn!(vm = %record.id, error = error.chain(), "writing an event");
+    }
+}
+
+/// `Row` or an error that says what is wrong with it.
+pub(crate) fn known(id: &VmId, row: Option<crate::Row>) -> Result<(Revision, Arc<VmRecord>)> {
+    use clawpot_types::{Error, Kind};
+    match row {
+        Some(crate::Row::Known { revision, record }) => Ok((revision, record)),
+        Some(crate::Row::Unreadable { why, .. }) => {
+            Err(Error::new(Kind::FailedPrecondition, format!("VM {id}: quarantined: {why}"))
+                .hint(format!("restore the store from a backup, or give the VM up: clawpot rm --force {id}")))
+        }
+        None => Err(Error::new(Kind::NotFound, format!("VM {id}: it is gone"))),
+    }
+}
