@@ -1,0 +1,68 @@
+//! Unix sockets reached through their directory: `sun_path` holds 107 bytes, a state directory's path may be longer.
+
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use clawpot_types::{Error, Kind, Result};
+use rustix::fs::{Mode, OFlags};
+use tokio::net::{UnixListener, UnixStream};
+
+/// Connects to the socket at `path`, however long the path is. `NotFound`: no such socket (yet); `Unavailable`: nobody
+/// listens. The last part of the path must not be a symbolic link.
+pub async fn connect(path: &Path) -> Result<UnixStream> {
+    let what = || format!("connecting to {}", path.display());
+    let (dir, short) = short_path(path).map_err(|error| error.context(what()))?;
+    // A guest's VMM may be hostile: the name is followed only when it is a socket itself.
+    let meta = std::fs::symlink_metadata(&short).map_err(|error| Error::io(what(), error))?;
+    if !std::os::unix::fs::FileTypeExt::is_socket(&meta.file_type()) {
+        return Err(Error::new(Kind::FailedPrecondition, format!("{}: not a socket", what())));
+    }
+    let stream = UnixStream::connect(&short).await.map_err(|error| Error::io(what(), error))?;
+    drop(dir);
+    Ok(stream)
+}
+
+/// Listens at `path`, however long the path is. `AlreadyExists`: remove the old one first.
+pub fn listen(path: &Path) -> Result<UnixListener> {
+    let what = || format!("listening at {}", path.display());
+    let (dir, short) = short_path(path).map_err(|error| error.context(what()))?;
+    let listener = UnixListener::bind(&short).map_err(|error| match error.kind() {
+        std::io::ErrorKind::AddrInUse => Error::new(Kind::AlreadyExists, what()).because(error),
+        _ => Error::io(what(), error),
+    })?;
+    drop(dir);
+    Ok(listener)
+}
+
+/// `/proc/self/fd/N/<name>` for `path`, good while the returned descriptor lives.
+fn short_path(path: &Path) -> Result<(std::os::fd::OwnedFd, PathBuf)> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(Error::new(Kind::InvalidArgument, format!("{}: not a socket's path", path.display())));
+    };
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    let dir = rustix::fs::open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| crate::failed(format!("opening {}", parent.display()), errno))?;
+    let short = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name);
+    Ok((dir, short))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_path_of_any_length_and_only_a_socket() {
+        let temp = tempfile::tempdir().unwrap();
+        let deep = temp.path().join("d".repeat(100)).join("e".repeat(100));
+        std::fs::create_dir_all(&deep).unwrap();
+        let path = deep.join("s.sock");
+        assert_eq!(connect(&path).await.unwrap_err().kind(), Kind::NotFound);
+        let listener = listen(&path).unwrap();
+        connect(&path).await.unwrap();
+        assert_eq!(listen(&path).unwrap_err().kind(), Kind::AlreadyExists);
+        std::os::unix::fs::symlink(&path, deep.join("link")).unwrap();
+        assert_eq!(connect(&deep.join("link")).await.unwrap_err().kind(), Kind::FailedPrecondition);
+        drop(listener);
+        assert_eq!(connect(&path).await.unwrap_err().kind(), Kind::Unavailable);
+    }
+}

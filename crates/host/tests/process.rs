@@ -1,0 +1,199 @@
+//! Children as the drivers want them, made for real. What needs root says so when it is skipped.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use clawpot_host::cgroup::{Cgroups, Limits};
+use clawpot_host::process::{Exit, Identity, Output, Proof, Rlimits, Spawn, Tool, User, ended};
+use clawpot_types::Kind;
+
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        eprintln!("SKIPPED: needs root");
+    }
+    root
+}
+
+fn pipe() -> (File, OwnedFd) {
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    (File::from(read), write)
+}
+
+fn shell(script: &str) -> Spawn {
+    Spawn::new("/bin/sh").args(["-c", script]).env("PATH", "/usr/bin:/bin")
+}
+
+/// A group of this test's own; its name dies with the test.
+fn group(test: &str) -> clawpot_host::cgroup::Cgroup {
+    let name = format!("clawpot-test-{}/{test}", std::process::id());
+    Cgroups::find().unwrap().group(&name).unwrap()
+}
+
+#[tokio::test]
+async fn a_child_has_what_was_named_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut read, write) = pipe();
+    let (_, extra) = pipe();
+    let script =
+        "pwd; env | sort | grep -v ^_= | grep -v ^PWD=; ls -l /proc/self/fd | wc -l; ulimit -n; ulimit -c; umask; cat";
+    let spawn = shell(script).cwd(dir.path()).env("NAME", "value").stdout(Output::To(write)).fd(extra, 9);
+    let child = spawn.rlimits(Rlimits { nofile: 300, core: 0 }).spawn().unwrap();
+    assert_eq!(child.wait().await.unwrap(), Exit::Code(0));
+    let mut text = String::new();
+    read.read_to_string(&mut text).unwrap();
+    // `ls` has 0, 1, 2, 9, the directory it reads, and a "total" line.
+    let want = format!("{}\nNAME=value\nPATH=/usr/bin:/bin\n6\n300\n0\n0077\n", dir.path().display());
+    assert_eq!(text, want);
+}
+
+#[tokio::test]
+async fn descriptors_change_places_without_loss() {
+    let (mut one, one_write) = pipe();
+    let (mut two, two_write) = pipe();
+    use std::os::fd::AsRawFd;
+    // Each wants the number that the other has now.
+    let (a, b) = (one_write.as_raw_fd(), two_write.as_raw_fd());
+    let script = format!("echo one >&{b}; echo two >&{a}");
+    let child = shell(&script).fd(one_write, b).fd(two_write, a).spawn().unwrap();
+    assert_eq!(child.wait().await.unwrap(), Exit::Code(0));
+    let mut text = String::new();
+    one.read_to_string(&mut text).unwrap();
+    two.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "one\ntwo\n");
+}
+
+#[tokio::test]
+async fn what_cannot_be_executed_is_told_exactly() {
+    let error = Spawn::new("/nonexistent/vmm").spawn().unwrap_err();
+    assert_eq!(error.kind(), Kind::NotFound);
+    assert_eq!(error.chain(), "starting /nonexistent/vmm: executing it: No such file or directory (os error 2)");
+    assert_eq!(Spawn::new("/etc/passwd").spawn().unwrap_err().kind(), Kind::PermissionDenied);
+    let error = Spawn::new("/bin/true").cwd("/nonexistent").spawn().unwrap_err();
+    assert!(error.chain().contains("opening its directory /nonexistent"), "{}", error.chain());
+    assert_eq!(Spawn::new("/bin/true").args(["a\0b"]).spawn().unwrap_err().kind(), Kind::InvalidArgument);
+    assert_eq!(Spawn::new("/bin/true").args(["x".repeat(3 << 20)]).spawn().unwrap_err().kind(), Kind::Internal);
+}
+
+#[tokio::test]
+async fn ends_are_told_and_dropped_children_leave_no_zombie() {
+    assert_eq!(shell("exit 7").spawn().unwrap().wait().await.unwrap(), Exit::Code(7));
+    let child = shell("sleep 60").spawn().unwrap();
+    child.kill().unwrap();
+    assert_eq!(child.wait().await.unwrap().to_string(), "killed by signal 9");
+    child.kill().unwrap();
+
+    let child = shell("exit 0").spawn().unwrap();
+    let pid = child.pid();
+    drop(child);
+    let started = Instant::now();
+    while std::path::Path::new(&format!("/proc/{pid}")).exists() {
+        assert!(started.elapsed() < Duration::from_secs(5), "process {pid} was not reaped");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_user_without_privileges_has_none() {
+    if !is_root() {
+        return;
+    }
+    let (mut read, write) = pipe();
+    let script = "id -u; id -g; id -G; grep -E '^(CapEff|CapPrm|CapBnd|NoNewPrivs)' /proc/self/status";
+    let user = User { uid: 1_900_000_007, gid: 1_900_000_007 };
+    let child = shell(script).user(user).stdout(Output::To(write)).spawn().unwrap();
+    assert_eq!(child.wait().await.unwrap(), Exit::Code(0));
+    let mut text = String::new();
+    read.read_to_string(&mut text).unwrap();
+    let none = "0000000000000000";
+    let want = format!(
+        "1900000007\n1900000007\n1900000007\nCapPrm:\t{none}\nCapEff:\t{none}\nCapBnd:\t{none}\nNoNewPrivs:\t1\n"
+    );
+    assert_eq!(text, want);
+}
+
+#[tokio::test]
+async fn a_cgroup_is_the_set_of_its_processes() {
+    if !is_root() {
+        return;
+    }
+    let group = group("set");
+    assert_eq!(group.populated().unwrap(), None);
+    assert!(group.members().unwrap().is_empty());
+    group.empty().await.unwrap();
+    group.kill().unwrap();
+    group.create(&Limits::default()).unwrap();
+    group.create(&Limits::default()).unwrap();
+    assert_eq!(group.populated().unwrap(), Some(false));
+
+    // The child leaves its session and its parent; the group keeps both.
+    let child = shell("setsid sleep 60 & exec sleep 60").cgroup(&group).unwrap().spawn().unwrap();
+    let identity = Identity::of(child.pid()).unwrap();
+    assert!(identity.cgroup.ends_with(group.name()), "{identity:?}");
+    let started = Instant::now();
+    while group.members().unwrap().len() < 2 {
+        assert!(started.elapsed() < Duration::from_secs(5));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(tokio::time::timeout(Duration::from_millis(50), group.empty()).await.is_err());
+    assert_eq!(group.remove().await.unwrap_err().kind(), Kind::FailedPrecondition);
+    let member = group.members().unwrap().pop().unwrap();
+
+    group.kill().unwrap();
+    tokio::time::timeout(Duration::from_secs(5), group.empty()).await.unwrap().unwrap();
+    // The child is a zombie now: gone, as far as anyone cares.
+    assert!(group.members().unwrap().is_empty());
+    assert!(matches!(identity.prove().unwrap(), Proof::Gone));
+    ended(&member.pidfd).await.unwrap();
+    group.remove().await.unwrap();
+    group.remove().await.unwrap();
+    assert!(!group.exists().unwrap());
+    assert!(!group.path().parent().unwrap().exists());
+    child.wait().await.unwrap();
+}
+
+#[tokio::test]
+async fn limits_hold_where_the_host_has_the_controller() {
+    if !is_root() {
+        return;
+    }
+    let group = group("limits");
+    let limits = Limits { pids: Some(1), ..Limits::default() };
+    match group.create(&limits) {
+        Err(error) if error.kind() == Kind::Unsupported => {
+            eprintln!("SKIPPED: {}", error.chain());
+        }
+        made => {
+            made.unwrap();
+            // `sh` is the one process; its fork fails.
+            let child = shell("(:) || exit 3; exit 0").cgroup(&group).unwrap().spawn().unwrap();
+            assert_ne!(child.wait().await.unwrap(), Exit::Code(0));
+        }
+    }
+    group.remove().await.unwrap();
+    assert!(!group.exists().unwrap());
+}
+
+#[tokio::test]
+async fn tools_are_bounded() {
+    let run = |script: &str| Tool::new("/bin/sh").args(["-c", script]);
+    assert_eq!(run("cat").input(vec![b'x'; 1 << 20]).run().await.unwrap().len(), 1 << 20);
+    // It need not read what it is given.
+    assert_eq!(run("echo done").input(vec![b'x'; 1 << 20]).run().await.unwrap(), b"done\n");
+
+    let error = run("echo first >&2; echo second >&2; exit 4").run().await.unwrap_err();
+    assert_eq!(error.chain(), "running sh: exit status 4: first; second");
+
+    let started = Instant::now();
+    let error = run("sleep 60").timeout(Duration::from_millis(100)).run().await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Timeout);
+    assert!(started.elapsed() < Duration::from_secs(5));
+
+    let error = run("cat /dev/zero").output_limit(100_000).run().await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Exhausted);
+    assert_eq!(Tool::new("/nonexistent").run().await.unwrap_err().kind(), Kind::NotFound);
+}
