@@ -86,13 +86,6 @@ pub struct Settings {
     pub request_memory: Duration,
 }
 
-impl Settings {
-    /// Memory of a guest, MiB: below the first Debian's kernel does not boot, above the last no VMM takes it.
-    pub const MEMORY: std::ops::RangeInclusive<u64> = 64..=1 << 20;
-    /// A writable disk, MiB: ext4 with a journal needs the first; the last is 4 TiB.
-    pub const DISK: std::ops::RangeInclusive<u64> = 64..=4 << 20;
-}
-
 impl Default for Settings {
     fn default() -> Self {
         Self {

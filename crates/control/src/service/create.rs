@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use clawpot_core::ports::TxnOutcome;
 use clawpot_core::record::RECORD_VERSION;
 use clawpot_core::{Desired, ImagePin, Phase, VmRecord, VmSpec};
-use clawpot_types::{Error, Generation, Incarnation, Kind, Label, Result, Revision, Slot, Timestamp, VmId, VmName};
+use clawpot_types::{
+    Error, Generation, Incarnation, Kind, Label, MiB, Result, Revision, Slot, Timestamp, VmId, VmName,
+};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 use super::{Service, known, tell};
-use crate::Settings;
 use crate::records::{name_key, slot_key};
 
 /// What a client may ask for, checked in form by the API.
@@ -133,16 +134,10 @@ impl Service {
     }
 }
 
+/// Again, whatever the door checked: nothing out of range may reach the store.
 fn check(spec: &VmSpec) -> Result<()> {
-    let range = |field: &str, value: clawpot_types::MiB, range: std::ops::RangeInclusive<u64>| {
-        if range.contains(&value.0) {
-            return Ok(());
-        }
-        let what = format!("{field}: {value}: must be {} to {} MiB", range.start(), range.end());
-        Err(Error::new(Kind::InvalidArgument, what))
-    };
-    range("spec.memory_mib", spec.memory, Settings::MEMORY)?;
-    range("spec.disk_mib", spec.disk, Settings::DISK)
+    MiB::memory(spec.memory.0).map_err(|error| error.context("spec.memory_mib"))?;
+    MiB::disk(spec.disk.0).map_err(|error| error.context("spec.disk_mib")).map(drop)
 }
 
 fn request_key(id: &str) -> Result<Option<String>> {

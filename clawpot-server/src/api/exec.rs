@@ -1,0 +1,155 @@
+//! Exec frames. Every length that a client sends is bounded here.
+
+use bytes::Bytes;
+use clawpot_common::{EXEC_CHUNK, v1};
+use clawpot_core::exec::{
+    ExecAttach, ExecEnd, ExecExited, ExecFailedReason, ExecInput, ExecOutput, ExecStart, Stream, TerminalSize,
+};
+use clawpot_core::ports::BoxStream;
+use clawpot_types::{Error, Kind, Millis, Result};
+use futures_util::StreamExt as _;
+use tonic::{Status, Streaming};
+
+use super::status::status;
+
+/// Which VM, and its first frame.
+pub struct Opening {
+    pub vm: String,
+    pub first: ExecInput,
+}
+
+pub fn opening(frame: Option<v1::ExecInput>) -> Result<Opening> {
+    use v1::exec_input::Frame;
+    match frame.and_then(|frame| frame.frame) {
+        Some(Frame::Start(start)) => {
+            let vm = start.vm.clone();
+            Ok(Opening { vm, first: ExecInput::Start(start_of(start)?) })
+        }
+        Some(Frame::Attach(attach)) => {
+            let first =
+                ExecAttach { id: attach.exec_id.parse()?, stdout: attach.stdout_offset, stderr: attach.stderr_offset };
+            Ok(Opening { vm: attach.vm, first: ExecInput::Attach(first) })
+        }
+        _ => Err(bad("the first frame must be start or attach")),
+    }
+}
+
+/// The frames after the first. A bad one ends the stream: the guest then sees the attachment end, not the exec.
+pub fn rest(frames: Streaming<v1::ExecInput>) -> BoxStream<ExecInput> {
+    Box::pin(
+        frames
+            .map(|frame| frame.ok().and_then(|frame| input(frame).ok()))
+            .take_while(|frame| {
+                let goes_on = frame.is_some();
+                async move { goes_on }
+            })
+            .filter_map(|frame| async { frame }),
+    )
+}
+
+fn start_of(start: v1::ExecStart) -> Result<ExecStart> {
+    if start.argv.is_empty() || start.argv[0].is_empty() {
+        return Err(bad("start.argv: a program is needed"));
+    }
+    if start.argv.iter().any(|arg| arg.contains(&0)) {
+        return Err(bad("start.argv: an argument contains a NUL byte"));
+    }
+    let mut env = Vec::with_capacity(start.env.len());
+    for var in start.env {
+        if var.name.is_empty() || var.name.iter().any(|byte| matches!(byte, b'=' | 0)) || var.value.contains(&0) {
+            return Err(bad("start.env: a name must not be empty nor contain '='; neither part a NUL"));
+        }
+        env.push((var.name, var.value));
+    }
+    let tty = match start.tty {
+        true => Some(size(start.size.unwrap_or(v1::TerminalSize { rows: 24, columns: 80 }))?),
+        false => None,
+    };
+    Ok(ExecStart {
+        id: start.exec_id.parse()?,
+        argv: start.argv,
+        env,
+        cwd: start.cwd,
+        user: start.user,
+        timeout: Millis(start.timeout_ms),
+        stdin: start.stdin,
+        tty,
+    })
+}
+
+fn input(frame: v1::ExecInput) -> Result<ExecInput> {
+    use v1::exec_input::Frame;
+    Ok(match frame.frame.ok_or_else(|| bad("an empty frame"))? {
+        Frame::Start(_) | Frame::Attach(_) => return Err(bad("only the first frame may be start or attach")),
+        Frame::Stdin(data) if data.data.len() > EXEC_CHUNK * 2 => return Err(bad("stdin: a frame of over 128 KiB")),
+        Frame::Stdin(data) => ExecInput::Stdin { offset: data.offset, data: data.data },
+        Frame::StdinEnd(end) => ExecInput::StdinEnd { offset: end.offset },
+        Frame::Ack(ack) => ExecInput::Ack { stdout: ack.stdout_offset, stderr: ack.stderr_offset },
+        Frame::Resize(to) => ExecInput::Resize(size(to)?),
+        Frame::Signal(signal) if !(1..=64).contains(&signal.number) => return Err(bad("signal: must be 1 to 64")),
+        Frame::Signal(signal) => ExecInput::Signal(signal.number),
+        Frame::Hangup(_) => ExecInput::Hangup,
+    })
+}
+
+fn size(size: v1::TerminalSize) -> Result<TerminalSize> {
+    let cells = |value: u32| u16::try_from(value).map_err(|_| bad("a terminal has at most 65,535 rows and columns"));
+    Ok(TerminalSize { rows: cells(size.rows)?, columns: cells(size.columns)? })
+}
+
+pub fn output(output: Result<ExecOutput>) -> Result<v1::ExecOutput, Status> {
+    use v1::exec_output::Frame;
+    let data = |offset: u64, data: Bytes| v1::ExecData { offset, data };
+    let frame = match output.map_err(status)? {
+        ExecOutput::Started { id, pid, stdin } => {
+            Frame::Started(v1::ExecStarted { exec_id: id.to_string(), pid, stdin_offset: stdin })
+        }
+        ExecOutput::Stdout { offset, data: bytes } => Frame::Stdout(data(offset, bytes)),
+        ExecOutput::Stderr { offset, data: bytes } => Frame::Stderr(data(offset, bytes)),
+        ExecOutput::Lost { stream, from, to } => {
+            let stream = match stream {
+                Stream::Stdout => v1::exec_lost::Stream::Stdout,
+                Stream::Stderr => v1::exec_lost::Stream::Stderr,
+            };
+            Frame::Lost(v1::ExecLost { stream: stream.into(), from, to })
+        }
+        ExecOutput::StdinAck { offset } => Frame::StdinAck(v1::ExecStdinAck { offset }),
+        ExecOutput::Exited(exited) => Frame::Exited(exited_of(&exited)),
+        ExecOutput::Failed { reason: why, message } => {
+            Frame::Failed(v1::ExecFailed { reason: reason(why).into(), message })
+        }
+    };
+    Ok(v1::ExecOutput { frame: Some(frame) })
+}
+
+fn exited_of(exited: &ExecExited) -> v1::ExecExited {
+    use v1::exec_exited::End;
+    v1::ExecExited {
+        end: Some(match exited.end {
+            ExecEnd::Code(code) => End::Code(code),
+            ExecEnd::Signal(signal) => End::Signal(signal),
+        }),
+        timed_out: exited.timed_out,
+        spawn_to_exit_us: exited.spawn_to_exit_us,
+        stdout_bytes: exited.stdout_bytes,
+        stderr_bytes: exited.stderr_bytes,
+    }
+}
+
+const fn reason(reason: ExecFailedReason) -> v1::exec_failed::Reason {
+    use v1::exec_failed::Reason;
+    match reason {
+        ExecFailedReason::NotFound => Reason::NotFound,
+        ExecFailedReason::NotExecutable => Reason::NotExecutable,
+        ExecFailedReason::TooLong => Reason::TooLong,
+        ExecFailedReason::BadCwd => Reason::BadCwd,
+        ExecFailedReason::BadUser => Reason::BadUser,
+        ExecFailedReason::Resources => Reason::Resources,
+        ExecFailedReason::UnknownExec => Reason::UnknownExec,
+        ExecFailedReason::BadRequest => Reason::BadRequest,
+    }
+}
+
+fn bad(what: &str) -> Error {
+    Error::new(Kind::InvalidArgument, format!("exec: {what}"))
+}

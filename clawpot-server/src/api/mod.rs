@@ -1,0 +1,14 @@
+//! The doors: proto ⇄ domain, one file per service. Wire types stop here.
+//!
+//! - [`vm`] · [`event`] · [`host`] the services · [`exec`] frames · [`convert`] records as messages
+//! - [`validate`] forms are checked with the field's path in every error · [`status`] one table from errors to statuses
+//! - [`access`] who may call what
+
+pub mod access;
+pub mod convert;
+pub mod event;
+pub mod exec;
+pub mod host;
+pub mod status;
+pub mod validate;
+pub mod vm;

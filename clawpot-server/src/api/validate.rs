@@ -1,0 +1,145 @@
+//! Forms are checked before anything is touched; every error begins with the field's path.
+
+use std::collections::{BTreeMap, HashMap};
+
+use clawpot_common::v1;
+use clawpot_control::Settings;
+use clawpot_control::service::create::CreateVm;
+use clawpot_core::VmSpec;
+use clawpot_types::{Error, ImageRef, Kind, Label, MiB, Result, Vcpus};
+
+/// Environment of a VM: entries, and bytes of all names and values. It is part of the record.
+const MAX_ENV: usize = 256;
+const MAX_ENV_BYTES: usize = 64 << 10;
+/// Longest working directory (`PATH_MAX`) and user (`LOGIN_NAME_MAX`, doubled for "user:group"), bytes.
+const MAX_CWD: usize = 4096;
+const MAX_USER: usize = 512;
+
+pub fn create(request: v1::CreateVmRequest, settings: &Settings) -> Result<CreateVm> {
+    let name = match request.name.as_str() {
+        "" => None,
+        name => Some(at("name", name.parse())?),
+    };
+    let Some(spec) = request.spec else {
+        return Err(Error::new(Kind::InvalidArgument, "spec: missing").hint("name an image in spec.image"));
+    };
+    Ok(CreateVm {
+        name,
+        labels: labels(request.labels)?,
+        spec: vm_spec(spec, settings)?,
+        remove_when_done: request.remove_when_done,
+    })
+}
+
+fn vm_spec(spec: v1::VmSpec, settings: &Settings) -> Result<VmSpec> {
+    let vcpus = match spec.vcpus {
+        0 => settings.default_vcpus,
+        count => at("spec.vcpus", Vcpus::try_from(count))?,
+    };
+    let memory = match spec.memory_mib {
+        0 => settings.default_memory,
+        mib => at("spec.memory_mib", MiB::memory(mib))?,
+    };
+    let disk = match spec.disk_mib {
+        0 => settings.default_disk,
+        mib => at("spec.disk_mib", MiB::disk(mib))?,
+    };
+    let image: ImageRef = at("spec.image", spec.image.parse())?;
+    let env = env(spec.env)?;
+    limit("spec.cwd", spec.cwd.len(), MAX_CWD)?;
+    limit("spec.user", spec.user.len(), MAX_USER)?;
+    Ok(VmSpec { image, vcpus, memory, disk, env, cwd: spec.cwd, user: spec.user })
+}
+
+fn env(vars: Vec<v1::EnvVar>) -> Result<Vec<(String, String)>> {
+    if vars.len() > MAX_ENV {
+        return Err(bad("spec.env", format!("{} entries: at most {MAX_ENV}", vars.len())));
+    }
+    limit("spec.env", vars.iter().map(|var| var.name.len() + var.value.len()).sum(), MAX_ENV_BYTES)?;
+    let text = |bytes: bytes::Bytes, index: usize| {
+        String::from_utf8(bytes.into()).map_err(|_| bad(&format!("spec.env[{index}]"), "not UTF-8".to_owned()))
+    };
+    let mut env = Vec::with_capacity(vars.len());
+    for (index, var) in vars.into_iter().enumerate() {
+        let (name, value) = (text(var.name, index)?, text(var.value, index)?);
+        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+            return Err(bad(
+                &format!("spec.env[{index}]"),
+                "a name must not be empty nor contain '='; neither part a NUL".into(),
+            ));
+        }
+        env.push((name, value));
+    }
+    Ok(env)
+}
+
+pub fn labels(labels: HashMap<String, String>) -> Result<BTreeMap<Label, Label>> {
+    if labels.len() > Label::MAX_COUNT {
+        return Err(bad("labels", format!("{} of them: at most {}", labels.len(), Label::MAX_COUNT)));
+    }
+    let mut checked = BTreeMap::new();
+    for (key, value) in labels {
+        let path = format!("labels[{key:?}]");
+        if key.is_empty() {
+            return Err(bad("labels", "a key must not be empty".to_owned()));
+        }
+        checked.insert(at(&path, key.parse())?, at(&path, value.parse())?);
+    }
+    Ok(checked)
+}
+
+fn at<T>(path: &str, parsed: Result<T>) -> Result<T> {
+    parsed.map_err(|error| bad(path, error.chain()))
+}
+
+fn limit(path: &str, length: usize, most: usize) -> Result<()> {
+    if length > most { Err(bad(path, format!("{length} bytes: at most {most}"))) } else { Ok(()) }
+}
+
+fn bad(path: &str, why: String) -> Error {
+    Error::new(Kind::InvalidArgument, format!("{path}: {why}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error_of(change: impl FnOnce(&mut v1::CreateVmRequest)) -> String {
+        let mut request = v1::CreateVmRequest {
+            name: "web".into(),
+            spec: Some(v1::VmSpec { image: "debian".into(), ..Default::default() }),
+            ..Default::default()
+        };
+        change(&mut request);
+        create(request, &Settings::default()).map_or_else(|error| error.chain(), |_| "accepted".to_owned())
+    }
+
+    fn spec(request: &mut v1::CreateVmRequest) -> &mut v1::VmSpec {
+        request.spec.as_mut().unwrap()
+    }
+
+    #[test]
+    fn every_bad_field_is_named() {
+        let cases: Vec<(&str, String)> = vec![
+            ("nothing", error_of(|_| {})),
+            ("33 vCPUs", error_of(|r| spec(r).vcpus = 33)),
+            ("257 vCPUs", error_of(|r| spec(r).vcpus = 257)),
+            ("1 MiB", error_of(|r| spec(r).memory_mib = 1)),
+            ("2^32 MiB", error_of(|r| spec(r).memory_mib = 1 << 32)),
+            ("2^64 - 1 MiB of disk", error_of(|r| spec(r).disk_mib = u64::MAX)),
+            ("a slash", error_of(|r| r.name = "a/b".into())),
+            ("300 long", error_of(|r| r.name = "n".repeat(300))),
+            ("no spec", error_of(|r| r.spec = None)),
+            ("no image", error_of(|r| spec(r).image = String::new())),
+            ("image is a path", error_of(|r| spec(r).image = "../../etc/passwd".into())),
+            ("a label with =", error_of(|r| drop(r.labels.insert("a=b".into(), "c".into())))),
+            ("an env without a name", error_of(|r| spec(r).env.push(v1::EnvVar::default()))),
+            (
+                "an env of 1 MiB",
+                error_of(|r| spec(r).env.push(v1::EnvVar { name: "A".into(), value: vec![b'x'; 1 << 20].into() })),
+            ),
+        ];
+        let told: Vec<String> = cases.iter().map(|(case, told)| format!("{case:22} {told}")).collect();
+        insta::assert_snapshot!(told.join("\n"));
+    }
+}

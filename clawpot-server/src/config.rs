@@ -1,0 +1,217 @@
+//! Settings: defaults < file < environment < flags. Unknown keys of the file are refused.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use clawpot_types::{Error, Kind, MiB, Millis, Result, Vcpus};
+use serde::Deserialize;
+
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/clawpot";
+pub const DEFAULT_RUN_DIR: &str = "/run/clawpot";
+pub const DEFAULT_FILE: &str = "/etc/clawpot/server.toml";
+
+/// What may be set; the same names as flags (`--state-dir`), in the environment (`CLAWPOT_STATE_DIR`) and in the file
+/// (`state_dir`).
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// Where records, disks and logs are kept [default: /var/lib/clawpot]
+    #[arg(long, global = true, env = "CLAWPOT_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Images, kernel and initramfs; on the same filesystem as the state directory [default: <state-dir>/images]
+    #[arg(long, global = true, env = "CLAWPOT_IMAGE_DIR", value_name = "DIR")]
+    pub image_dir: Option<PathBuf>,
+    /// Unix socket of the API [default: /run/clawpot/api.sock, with another state directory <state-dir>/api.sock]
+    #[arg(long, global = true, env = "CLAWPOT_SOCKET", value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Unix socket of /metrics [default: metrics.sock beside the API's]
+    #[arg(long, global = true, env = "CLAWPOT_METRICS_SOCKET", value_name = "PATH")]
+    pub metrics_socket: Option<PathBuf>,
+    /// Group that may use the sockets, beside root [default: clawpot, where there is such a group]
+    #[arg(long, global = true, env = "CLAWPOT_GROUP", value_name = "NAME")]
+    pub group: Option<String>,
+    /// Which VMM runs new VMs [default: auto]
+    #[arg(long, global = true, env = "CLAWPOT_VMM", value_enum)]
+    pub vmm: Option<VmmSetting>,
+    /// The firecracker binary [default: from PATH]
+    #[arg(long, global = true, env = "FIRECRACKER_BIN", value_name = "PATH")]
+    pub firecracker: Option<PathBuf>,
+    /// The jailer binary [default: beside firecracker]
+    #[arg(long, global = true, env = "JAILER_BIN", value_name = "PATH")]
+    pub jailer: Option<PathBuf>,
+    /// The QEMU binary [default: qemu-system-x86_64 from PATH]
+    #[arg(long, global = true, env = "CLAWPOT_QEMU", value_name = "PATH")]
+    pub qemu: Option<PathBuf>,
+    /// vCPUs of a VM that asks for none [default: 1]
+    #[arg(long, global = true, env = "CLAWPOT_DEFAULT_VCPUS", value_name = "N")]
+    pub default_vcpus: Option<u32>,
+    /// Memory of a VM that asks for none, MiB [default: 256]
+    #[arg(long, global = true, env = "CLAWPOT_DEFAULT_MEMORY_MIB", value_name = "MIB")]
+    pub default_memory_mib: Option<u64>,
+    /// Disk of a VM that asks for none, MiB [default: 4096]
+    #[arg(long, global = true, env = "CLAWPOT_DEFAULT_DISK_MIB", value_name = "MIB")]
+    pub default_disk_mib: Option<u64>,
+    /// How long a guest may take from the VMM's start to its hello, seconds [default: 120]
+    #[arg(long, global = true, env = "CLAWPOT_BOOT_TIMEOUT_SECS", value_name = "SECS")]
+    pub boot_timeout_secs: Option<u64>,
+    /// How long a guest gets for an orderly shutdown, milliseconds [default: 10000]
+    #[arg(long, global = true, env = "CLAWPOT_STOP_GRACE_MS", value_name = "MS")]
+    pub stop_grace_ms: Option<u64>,
+    /// How long a --rm VM stays when no client is attached, seconds [default: 60]
+    #[arg(long, global = true, env = "CLAWPOT_ABANDONED_SECS", value_name = "SECS")]
+    pub abandoned_secs: Option<u64>,
+    /// Network slots kept ready ahead of demand [default: 4]
+    #[arg(long, global = true, env = "CLAWPOT_WARM_SLOTS", value_name = "N")]
+    pub warm_slots: Option<usize>,
+    /// Log as lines of JSON, or as text [default: text]
+    #[arg(long, global = true, env = "CLAWPOT_LOG_FORMAT", value_enum)]
+    pub log_format: Option<LogFormat>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum VmmSetting {
+    /// Firecracker where a probe VM has run guest code, else QEMU.
+    Auto,
+    Firecracker,
+    Qemu,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Every setting with its value, checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub state_dir: PathBuf,
+    pub image_dir: PathBuf,
+    pub socket: PathBuf,
+    pub metrics_socket: PathBuf,
+    pub group: Option<String>,
+    pub vmm: VmmSetting,
+    pub firecracker: Option<PathBuf>,
+    pub jailer: Option<PathBuf>,
+    pub qemu: Option<PathBuf>,
+    pub control: clawpot_control::Settings,
+    pub log_format: LogFormat,
+}
+
+/// Reads `file` (absent and not asked for by name: no settings) and lays `flags`, which clap filled from flags and
+/// environment, over it.
+pub fn load(file: Option<&Path>, flags: Options) -> Result<Config> {
+    let from_file = match read(file.unwrap_or(Path::new(DEFAULT_FILE))) {
+        Err(error) if file.is_none() && error.kind() == Kind::NotFound => Options::default(),
+        other => other?,
+    };
+    resolve(overlay(flags, from_file))
+}
+
+fn read(path: &Path) -> Result<Options> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| Error::io(format!("settings file {}: reading it", path.display()), error))?;
+    toml::from_str(&text).map_err(|error| {
+        Error::new(Kind::InvalidArgument, format!("settings file {}: not valid", path.display()))
+            .because(error)
+            .hint("`clawpot-server --help` names every setting")
+    })
+}
+
+fn overlay(over: Options, under: Options) -> Options {
+    Options {
+        state_dir: over.state_dir.or(under.state_dir),
+        image_dir: over.image_dir.or(under.image_dir),
+        socket: over.socket.or(under.socket),
+        metrics_socket: over.metrics_socket.or(under.metrics_socket),
+        group: over.group.or(under.group),
+        vmm: over.vmm.or(under.vmm),
+        firecracker: over.firecracker.or(under.firecracker),
+        jailer: over.jailer.or(under.jailer),
+        qemu: over.qemu.or(under.qemu),
+        default_vcpus: over.default_vcpus.or(under.default_vcpus),
+        default_memory_mib: over.default_memory_mib.or(under.default_memory_mib),
+        default_disk_mib: over.default_disk_mib.or(under.default_disk_mib),
+        boot_timeout_secs: over.boot_timeout_secs.or(under.boot_timeout_secs),
+        stop_grace_ms: over.stop_grace_ms.or(under.stop_grace_ms),
+        abandoned_secs: over.abandoned_secs.or(under.abandoned_secs),
+        warm_slots: over.warm_slots.or(under.warm_slots),
+        log_format: over.log_format.or(under.log_format),
+    }
+}
+
+fn resolve(options: Options) -> Result<Config> {
+    let state_dir = options.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into());
+    let run_dir = if state_dir == Path::new(DEFAULT_STATE_DIR) { DEFAULT_RUN_DIR.into() } else { state_dir.clone() };
+    let socket = options.socket.unwrap_or_else(|| run_dir.join("api.sock"));
+    let metrics_socket = options.metrics_socket.unwrap_or_else(|| socket.with_file_name("metrics.sock"));
+    let mut control = clawpot_control::Settings::default();
+    let seconds = std::time::Duration::from_secs;
+    if let Some(count) = options.default_vcpus {
+        control.default_vcpus = Vcpus::try_from(count).map_err(|error| error.context("default_vcpus"))?;
+    }
+    if let Some(mib) = options.default_memory_mib {
+        control.default_memory = MiB::memory(mib).map_err(|error| error.context("default_memory_mib"))?;
+    }
+    if let Some(mib) = options.default_disk_mib {
+        control.default_disk = MiB::disk(mib).map_err(|error| error.context("default_disk_mib"))?;
+    }
+    control.limits.boot = options.boot_timeout_secs.map_or(control.limits.boot, seconds);
+    control.limits.abandoned = options.abandoned_secs.map_or(control.limits.abandoned, seconds);
+    control.stop_grace = options.stop_grace_ms.map_or(control.stop_grace, Millis);
+    control.warm_slots = options.warm_slots.unwrap_or(control.warm_slots);
+    Ok(Config {
+        image_dir: options.image_dir.unwrap_or_else(|| state_dir.join("images")),
+        state_dir,
+        socket,
+        metrics_socket,
+        group: options.group,
+        vmm: options.vmm.unwrap_or(VmmSetting::Auto),
+        firecracker: options.firecracker,
+        jailer: options.jailer,
+        qemu: options.qemu,
+        control,
+        log_format: options.log_format.unwrap_or(LogFormat::Text),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(text: &str) -> tempfile::NamedTempFile {
+        use std::io::Write as _;
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        file
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let file = file("state_dir = \"/srv/a\"\nwarm_slots = 9\nvmm = \"qemu\"\n");
+        let flags = Options { state_dir: Some("/srv/b".into()), ..Options::default() };
+        let config = load(Some(file.path()), flags).unwrap();
+        assert_eq!(config.state_dir, Path::new("/srv/b"));
+        assert_eq!(config.socket, Path::new("/srv/b/api.sock"));
+        assert_eq!(config.metrics_socket, Path::new("/srv/b/metrics.sock"));
+        assert_eq!(config.control.warm_slots, 9);
+        assert_eq!(config.vmm, VmmSetting::Qemu);
+        assert_eq!(config.control.default_memory, MiB(256));
+    }
+
+    #[test]
+    fn unknown_keys_and_bad_values_are_refused_by_name() {
+        for (text, word) in [
+            ("statedir = \"/a\"", "statedir"),
+            ("default_vcpus = 33", "default_vcpus"),
+            ("vmm = \"xen\"", "xen"),
+            ("warm_slots = -1", "warm_slots"),
+        ] {
+            let error = load(Some(file(text).path()), Options::default()).unwrap_err().chain();
+            assert!(error.contains(word), "{error}");
+        }
+        assert!(load(Some(Path::new("/nonexistent.toml")), Options::default()).is_err());
+    }
+}
