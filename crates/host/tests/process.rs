@@ -58,7 +58,7 @@ async fn descriptors_change_places_without_loss() {
     use std::os::fd::AsRawFd;
     // Each wants the number that the other has now.
     let (a, b) = (one_write.as_raw_fd(), two_write.as_raw_fd());
-    let script = format!("echo one >&{b}; echo two >&{a}");
+    let script = format!("echo one >/proc/self/fd/{b}; echo two >/proc/self/fd/{a}");
     let child = shell(&script).fd(one_write, b).fd(two_write, a).spawn().unwrap();
     assert_eq!(child.wait().await.unwrap(), Exit::Code(0));
     let mut text = String::new();
