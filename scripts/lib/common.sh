@@ -1,0 +1,133 @@
+# shellcheck shell=bash
+# What every script here shares: where things are, how progress is shown, how to become root. Sourced, never run.
+set -euo pipefail
+
+repo=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
+target=${CARGO_TARGET_DIR:-$repo/target}
+# The image store (docs: assets/README.md). Another one can be named, as the server's --image-dir can.
+assets=${CLAWPOT_IMAGE_DIR:-$repo/assets}
+export PATH="$PATH:/usr/sbin:/sbin"
+export DEBIAN_FRONTEND=noninteractive
+
+say() { printf '%s\n' "$*"; }
+warn() { printf 'warning: %s\n' "$*" >&2; }
+
+# die WHAT [NEXT]: which thing failed and why; what to do about it.
+die() {
+  printf 'error: %s\n' "$1" >&2
+  if (($# > 1)); then printf '  next: %s\n' "$2" >&2; fi
+  exit 1
+}
+
+as_root() {
+  if ((EUID == 0)); then
+    "$@"
+  else
+    command -v sudo >/dev/null || die "this needs root and there is no sudo" "run it as root, or install sudo"
+    sudo -- "$@"
+  fi
+}
+
+# seconds_since MICROSECONDS: "3.2", from an earlier ${EPOCHREALTIME/[.,]/}.
+seconds_since() {
+  local now=${EPOCHREALTIME/[.,]/}
+  printf '%d.%d' $(((now - $1) / 1000000)) $((((now - $1) / 100000) % 10))
+}
+
+last_line() { tail -c 2000 -- "$1" 2>/dev/null | tr '\r' '\n' | tr -dc '[:print:]\n' | awk 'NF { line = $0 } END { print line }'; }
+
+# Shows that a step is still going: on a terminal one line redrawn each second, elsewhere a line every 15 s.
+step_ticker() {
+  local label=$1 log=$2 start=$SECONDS elapsed
+  trap 'exit 0' TERM
+  trap '' INT
+  while kill -0 "$$" 2>/dev/null; do
+    # As a child of its own, so that TERM ends the wait at once.
+    sleep 1 &
+    wait "$!" || true
+    elapsed=$((SECONDS - start))
+    if [[ -t 2 ]]; then
+      printf '\r\033[K… %s  %ds  %.*s' "$label" "$elapsed" "$((${COLUMNS:-100} - ${#label} - 12))" "$(last_line "$log")" >&2
+    elif ((elapsed > 0 && elapsed % 15 == 0)); then
+      printf '… %s  %ds  %.100s\n' "$label" "$elapsed" "$(last_line "$log")" >&2
+    fi
+  done
+}
+
+ticker=""
+stop_ticker() {
+  if [[ -n $ticker ]]; then
+    kill "$ticker" 2>/dev/null || true
+    wait "$ticker" 2>/dev/null || true
+    ticker=""
+    if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
+  fi
+}
+
+# step LABEL CMD…: runs CMD with its output in a log, progress and duration on stderr; a failure shows the log's end.
+# CMD runs in a subshell: it cannot set the caller's variables. Call it as a plain statement, never in a condition,
+# where bash would switch `set -e` off inside CMD.
+step() {
+  local label=$1 begun=${EPOCHREALTIME/[.,]/} status=0 log
+  shift
+  log=$(mktemp -t clawpot-step.XXXXXX)
+  if [[ ! -t 2 ]]; then printf '… %s\n' "$label" >&2; fi
+  step_ticker "$label" "$log" &
+  ticker=$!
+  set +e
+  (
+    set -e
+    "$@"
+  ) >"$log" 2>&1 </dev/null
+  status=$?
+  set -e
+  stop_ticker
+  if ((status != 0)); then
+    printf '✗ %s  %s s  (exit status %d); the last of what it said:\n' "$label" "$(seconds_since "$begun")" "$status" >&2
+    tail -n 40 -- "$log" | sed 's/^/  | /' >&2
+    rm -f -- "$log"
+    return "$status"
+  fi
+  printf '✓ %s  %s s%s\n' "$label" "$(seconds_since "$begun")" "$(step_note "$log")" >&2
+  rm -f -- "$log"
+}
+
+# A step's last line of the form "note: …" is worth showing although the rest of its log is not.
+step_note() { sed -n 's/^note: /  (/p' -- "$1" | tail -n 1 | sed 's/$/)/'; }
+
+# The repository's language: the version of Rust that Cargo.toml asks for.
+rust_wanted() { sed -n 's/^rust-version *= *"\(.*\)"/\1/p' "$repo/Cargo.toml" | head -n 1; }
+
+# The person behind sudo: cargo runs as them, so that target/ stays theirs and their toolchain is found.
+builder() {
+  if ((EUID == 0)) && [[ -n ${SUDO_USER:-} && $SUDO_USER != root && $(stat -c %U "$repo") == "$SUDO_USER" ]]; then
+    printf '%s' "$SUDO_USER"
+  fi
+}
+
+# cargo_run ARGS…: cargo, wherever rustup put it.
+cargo_run() {
+  local user home
+  user=$(builder)
+  home=${HOME:-/root}
+  if [[ -n $user ]]; then
+    home=$(getent passwd "$user" | cut -d: -f6)
+    sudo -u "$user" --preserve-env=RUSTFLAGS,CARGO_TARGET_DIR,CARGO_BUILD_JOBS -H -- \
+      env PATH="$home/.cargo/bin:$PATH" cargo "$@"
+  else
+    PATH="$PATH:$home/.cargo/bin" cargo "$@"
+  fi
+}
+
+need_rust() {
+  local wanted found
+  wanted=$(rust_wanted)
+  if ! found=$(cargo_run --version 2>/dev/null); then
+    die "Rust is not installed (cargo is neither on PATH nor in ~/.cargo/bin); $wanted or newer is needed" \
+      "install rustup as https://rustup.rs says (curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh), then run this again"
+  fi
+  found=$(cut -d' ' -f2 <<<"$found")
+  if [[ $(printf '%s\n%s\n' "$wanted" "$found" | sort -V | head -n 1) != "$wanted" ]]; then
+    die "Rust $found is too old; $wanted or newer is needed" "rustup update stable"
+  fi
+}
