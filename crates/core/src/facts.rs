@@ -61,6 +61,9 @@ pub enum VmmFact {
 /// What this daemon knows of the current incarnation's guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestFact {
+    /// This daemon has not tried yet.
+    NotAsked,
+    /// Asked, and no answer so far.
     Silent,
     /// Hello was answered.
     Ready,

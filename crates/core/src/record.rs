@@ -38,6 +38,8 @@ pub struct VmRecord {
     pub boot_id: String,
     pub address: Option<Ipv4Addr>,
     pub created_at: Timestamp,
+    /// Its disk was made once: from then on it holds the owner's data, and its loss is not mended by an empty one.
+    pub disk_made: bool,
     /// The last boot, in order.
     pub timings: Vec<Timing>,
     /// The last failure, kept until the next start.

@@ -63,13 +63,16 @@ impl Runner {
     async fn attach(&self, record: &VmRecord) -> Result<()> {
         let seat = self.deps.net.seat(record.slot)?;
         let endpoint = self.vmm(record)?.attach(&record.machine(), &seat).await?;
-        let link = Link { machine: record.machine(), endpoint, guest: GuestFact::Silent };
+        let link = Link { machine: record.machine(), endpoint, guest: GuestFact::NotAsked };
         self.lives.set_link(&record.id, Some(link));
         Ok(())
     }
 
     async fn say_hello(&self, record: &VmRecord) -> Result<()> {
         let link = self.link(record)?;
+        if link.guest == GuestFact::NotAsked {
+            self.lives.set_guest(&record.id, GuestFact::Silent);
+        }
         let hello = self.deps.guest.hello(&link.machine, &link.endpoint).await?;
         if record.phase == Phase::Booting {
             info!(vm = %record.id, name = %record.name, agent = hello.agent_version, kernel = hello.kernel_release, "guest says hello");

@@ -39,7 +39,7 @@ impl Runner {
             disk,
             net,
             vmm,
-            guest: link.map_or(GuestFact::Silent, |link| link.guest),
+            guest: link.map_or(GuestFact::NotAsked, |link| link.guest),
             traces,
             clients: self.lives.clients(&record.id),
             boot_id: deps.boot_id.clone(),

@@ -46,10 +46,16 @@ enum Turn {
 impl Runner {
     pub(crate) async fn run(mut self) {
         let mut pause = FIRST_PAUSE;
+        let mut last = None;
         while !*self.leaving.borrow() {
             let Some(Row::Known { revision, record }) = self.records.get(&self.id) else { break };
             let facts = self.look(&record).await;
             match self.turn(revision, &record, &facts).await {
+                // The same step for the same facts of the same record: what it did is not to be seen yet.
+                Turn::Again if last.replace((revision, facts.clone())) == Some((revision, facts.clone())) => {
+                    self.rest(&record, &facts, Some(pause)).await;
+                    pause = (pause * 2).min(self.deps.settings.limits.retry);
+                }
                 Turn::Again => pause = FIRST_PAUSE,
                 Turn::Rest(until) => {
                     pause = FIRST_PAUSE;

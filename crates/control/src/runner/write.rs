@@ -37,7 +37,10 @@ impl Runner {
                     next.timings.push(timing(record, now));
                 }
             }
-            Phase::Booting => next.timings.push(timing(record, now)),
+            Phase::Booting => {
+                next.disk_made = true;
+                next.timings.push(timing(record, now));
+            }
             Phase::Running => {
                 next.timings.push(timing(record, now));
                 next.timings.extend(self.lives.hello(&record.id));
@@ -96,10 +99,9 @@ impl Runner {
         durability: Durability,
         message: String,
     ) -> Result<()> {
-        let phase = next.phase;
-        if let Some(revision) = self.records.swap(revision, next, durability).await? {
-            info!(vm = %before.id, name = %before.name, from = %before.phase, to = %phase, "phase");
-            self.event(revision, before, "vm.phase", message).await;
+        if let Some(revision) = self.records.swap(revision, next.clone(), durability).await? {
+            info!(vm = %next.id, name = %next.name, from = %before.phase, to = %next.phase, "phase");
+            self.event(revision, &next, "vm.phase", message).await;
         }
         Ok(())
     }

@@ -87,6 +87,7 @@ impl Service {
             boot_id: String::new(),
             address: None,
             created_at: now,
+            disk_made: false,
             timings: Vec::new(),
             failure: None,
             remove_when_done: body.remove_when_done,

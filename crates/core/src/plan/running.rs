@@ -38,8 +38,7 @@ fn preparing(view: &View<'_>) -> Next {
     {
         match fact {
             Fact::Present(()) => {}
-            // A disk that was there before holds the owner's data: its loss is not mended by an empty one.
-            Fact::Absent if step == Step::CreateDisk && view.record.incarnation.0 > 1 => {
+            Fact::Absent if step == Step::CreateDisk && view.record.disk_made => {
                 return Next::Fail { why: Why::DiskVanished };
             }
             Fact::Absent => return Next::Do(step),
@@ -64,6 +63,8 @@ fn booting(view: &View<'_>) -> Next {
         Fact::Present(VmmFact::Running { attached: false }) => Next::Do(Step::AttachVmm),
         Fact::Present(VmmFact::Running { attached: true }) => match view.facts.guest {
             GuestFact::Ready => view.become_phase(Phase::Running),
+            // After a restart of the daemon the guest may long be up: it is asked once, however late it is.
+            GuestFact::NotAsked => Next::Do(Step::SayHello),
             _ if view.overdue() => give_up(view),
             _ => Next::Do(Step::SayHello),
         },
@@ -82,7 +83,9 @@ fn running(view: &View<'_>) -> Next {
         _ if view.rebooted => Next::Fail { why: Why::HostRebooted },
         Fact::Present(VmmFact::Running { attached: false }) => Next::Do(Step::AttachVmm),
         // After a restart of the daemon.
-        Fact::Present(VmmFact::Running { attached: true }) if view.facts.guest == GuestFact::Silent => {
+        Fact::Present(VmmFact::Running { attached: true })
+            if matches!(view.facts.guest, GuestFact::NotAsked | GuestFact::Silent) =>
+        {
             Next::Do(Step::SayHello)
         }
         Fact::Present(VmmFact::Running { .. }) if view.record.remove_when_done => abandoned(view),
