@@ -17,6 +17,9 @@ pub const MANAGEMENT_HOST_MAC: [u8; 6] = [0x02, 0xca, 0x00, 0x00, 0x00, 0x05];
 pub const MANAGEMENT_ADDRESS: Ipv4Addr = Ipv4Addr::new(172, 31, 254, 2);
 pub const MANAGEMENT_HOST_ADDRESS: Ipv4Addr = Ipv4Addr::new(172, 31, 254, 1);
 
+/// The agent's port: vsock, or TCP on the management NIC.
+pub const AGENT_PORT: u16 = 10_051;
+
 /// Names of the taps inside each netns.
 pub const TAP: &str = "tap0";
 pub const MANAGEMENT_TAP: &str = "mgmt0";
