@@ -63,6 +63,9 @@ pub struct Options {
     /// Network slots kept ready ahead of demand [default: 4]
     #[arg(long, global = true, env = "CLAWPOT_WARM_SLOTS", value_name = "N")]
     pub warm_slots: Option<usize>,
+    /// What becomes of the VMs when the server is asked to stop [default: leave]
+    #[arg(long, global = true, env = "CLAWPOT_ON_STOP", value_enum)]
+    pub on_stop: Option<OnStop>,
     /// Log as lines of JSON, or as text [default: text]
     #[arg(long, global = true, env = "CLAWPOT_LOG_FORMAT", value_enum)]
     pub log_format: Option<LogFormat>,
@@ -75,6 +78,15 @@ pub enum VmmSetting {
     Auto,
     Firecracker,
     Qemu,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum OnStop {
+    /// They run on, and the next server adopts them.
+    Leave,
+    /// They are stopped first, in an orderly way.
+    Drain,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
@@ -97,6 +109,7 @@ pub struct Config {
     pub jailer: Option<PathBuf>,
     pub qemu: Option<PathBuf>,
     pub control: clawpot_control::Settings,
+    pub on_stop: OnStop,
     pub log_format: LogFormat,
 }
 
@@ -138,6 +151,7 @@ fn overlay(over: Options, under: Options) -> Options {
         stop_grace_ms: over.stop_grace_ms.or(under.stop_grace_ms),
         abandoned_secs: over.abandoned_secs.or(under.abandoned_secs),
         warm_slots: over.warm_slots.or(under.warm_slots),
+        on_stop: over.on_stop.or(under.on_stop),
         log_format: over.log_format.or(under.log_format),
     }
 }
@@ -173,6 +187,7 @@ fn resolve(options: Options) -> Result<Config> {
         jailer: options.jailer,
         qemu: options.qemu,
         control,
+        on_stop: options.on_stop.unwrap_or(OnStop::Leave),
         log_format: options.log_format.unwrap_or(LogFormat::Text),
     })
 }

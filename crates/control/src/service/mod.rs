@@ -1,10 +1,11 @@
 //! The use cases, one file per verb. Each checks first, then writes intent in one transaction, then wakes the runner.
 //!
-//! - [`create`] · [`read`] get, list, watch · [`intent`] start, stop, delete · [`exec`] · [`console`] · [`force`] the way
+//! - [`create`] · [`drain`] · [`read`] get, list, watch · [`intent`] start, stop, delete · [`exec`] · [`console`] · [`force`] the way
 //!   out of quarantine
 
 pub mod console;
 pub mod create;
+pub mod drain;
 pub mod exec;
 pub mod force;
 pub mod intent;
