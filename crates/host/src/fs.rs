@@ -13,21 +13,26 @@ use rustix::io::Errno;
 /// Writes `bytes` to a temporary name beside `path`, syncs, renames over `path`, syncs the directory.
 /// Readers see the old file or the new one, also after a crash; `mode` is set whatever the umask.
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
-    let temp = temp_name(path)?;
-    let written = write_synced(&temp, bytes, mode)
-        .and_then(|()| std::fs::rename(&temp, path))
-        .map_err(|error| Error::io(format!("replacing {}", path.display()), error));
-    match written {
-        Ok(()) => sync_dir(parent(path)?),
-        Err(error) => Err(with_removal(error, &temp)),
-    }
+    put(path, bytes, mode, true)?;
+    sync_dir(parent(path)?)
 }
 
-fn write_synced(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+/// [`replace`] for what need not survive a power failure: whole after a crash of this process, and nothing is waited for.
+pub fn replace_unsynced(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+    put(path, bytes, mode, false)
+}
+
+fn put(path: &Path, bytes: &[u8], mode: u32, sync: bool) -> Result<()> {
+    let temp = temp_name(path)?;
+    let written = write_new(&temp, bytes, mode, sync).and_then(|()| std::fs::rename(&temp, path));
+    written.map_err(|error| with_removal(Error::io(format!("replacing {}", path.display()), error), &temp))
+}
+
+fn write_new(path: &Path, bytes: &[u8], mode: u32, sync: bool) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(bytes)?;
     file.set_permissions(std::fs::Permissions::from_mode(mode))?;
-    file.sync_all()
+    if sync { file.sync_all() } else { Ok(()) }
 }
 
 /// `.<name>.<pid>-<n>.tmp` beside `path`: never a name that a finished file bears, never the same twice in a process.

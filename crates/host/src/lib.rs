@@ -3,6 +3,7 @@
 //! - [`fs`] atomic replacement, clones, links, trees, free space
 //! - [`unix`] Unix sockets below a directory whose path may be longer than `sun_path`
 //! - [`netns`] work done inside another network namespace, on threads that end there
+//! - [`tap`] the packets of a tap device, for a VMM
 //! - [`cgroup`] one named group per machine: its processes, their death, its limits
 //! - [`process`] spawning, waiting, running tools, and telling one process from another
 //! - [`watch`] a descriptor under the runtime's eye
@@ -13,6 +14,7 @@ pub mod cgroup;
 pub mod fs;
 pub mod netns;
 pub mod process;
+pub mod tap;
 pub mod unix;
 
 use std::os::fd::OwnedFd;

@@ -4,22 +4,23 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use clawpot_types::{Error, Kind, Result};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 use tokio::net::{UnixListener, UnixStream};
 
 /// Connects to the socket at `path`, however long the path is. `NotFound`: no such socket (yet); `Unavailable`: nobody
-/// listens. The last part of the path must not be a symbolic link.
+/// listens; `FailedPrecondition`: what is there is not a socket. The last part of the path is not followed: a VMM that
+/// its guest has taken over must not lead us to another's socket.
 pub async fn connect(path: &Path) -> Result<UnixStream> {
     let what = || format!("connecting to {}", path.display());
-    let (dir, short) = short_path(path).map_err(|error| error.context(what()))?;
-    // A guest's VMM may be hostile: the name is followed only when it is a socket itself.
-    let meta = std::fs::symlink_metadata(&short).map_err(|error| Error::io(what(), error))?;
-    if !std::os::unix::fs::FileTypeExt::is_socket(&meta.file_type()) {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let socket = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| crate::failed(what(), errno))?;
+    let kind = rustix::fs::fstat(&socket).map_err(|errno| crate::failed(what(), errno))?.st_mode;
+    if !FileType::from_raw_mode(kind).is_socket() {
         return Err(Error::new(Kind::FailedPrecondition, format!("{}: not a socket", what())));
     }
-    let stream = UnixStream::connect(&short).await.map_err(|error| Error::io(what(), error))?;
-    drop(dir);
-    Ok(stream)
+    // The very file that was looked at.
+    let stream = UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await;
+    stream.map_err(|error| Error::io(what(), error))
 }
 
 /// Listens at `path`, however long the path is. `AlreadyExists`: remove the old one first.

@@ -1,6 +1,6 @@
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use clawpot_types::{Error, Result};
 use rustix::io::Errno;
@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 pub struct Child {
     pid: Pid,
     pidfd: OwnedFd,
-    reaped: AtomicBool,
+    /// Set once it is reaped; until then its number is not anyone else's.
+    exit: Mutex<Option<Exit>>,
 }
 
 /// How a process ended.
@@ -42,7 +43,7 @@ impl fmt::Display for Exit {
 
 impl Child {
     pub(super) fn new(pid: Pid, pidfd: OwnedFd) -> Self {
-        Self { pid, pidfd, reaped: AtomicBool::new(false) }
+        Self { pid, pidfd, exit: Mutex::new(None) }
     }
 
     #[must_use]
@@ -52,36 +53,45 @@ impl Child {
 
     /// SIGKILL. Ended already is fine.
     pub fn kill(&self) -> Result<()> {
-        self.tell(|fd| rustix::process::pidfd_send_signal(fd, Signal::KILL))
+        self.tell(|| rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL))
     }
 
     /// SIGKILL to it and to whatever it started that has not left its session.
     pub fn kill_session(&self) -> Result<()> {
-        // Not reaped, so its number is not anyone else's.
-        self.tell(|_| rustix::process::kill_process_group(self.pid, Signal::KILL))
+        self.tell(|| rustix::process::kill_process_group(self.pid, Signal::KILL))
     }
 
-    fn tell(&self, how: impl FnOnce(BorrowedFd<'_>) -> Result<(), Errno>) -> Result<()> {
-        if self.reaped.load(Ordering::Acquire) {
+    fn tell(&self, how: impl FnOnce() -> Result<(), Errno>) -> Result<()> {
+        let exit = self.exit();
+        if exit.is_some() {
             return Ok(());
         }
-        match how(self.as_fd()) {
+        match how() {
             Ok(()) | Err(Errno::SRCH) => Ok(()),
             Err(errno) => Err(crate::failed(format!("killing process {}", self.pid()), errno)),
         }
     }
 
-    /// Waits for its end and reaps it. Cancellation is harmless.
+    /// Waits for its end and reaps it; again gives the same answer. Cancellation is harmless.
     pub async fn wait(&self) -> Result<Exit> {
-        super::ended(&self.as_fd()).await?;
-        let exit = reap(self.as_fd(), self.pid)?;
-        self.reaped.store(true, Ordering::Release);
-        Ok(exit)
+        super::ended(&self.pidfd).await?;
+        self.reap()
     }
 
-    /// It has been reaped by other means.
-    pub(super) fn forget(&self) {
-        self.reaped.store(true, Ordering::Release);
+    /// It has ended or is about to. Blocks until then.
+    pub(super) fn reap(&self) -> Result<Exit> {
+        let mut exit = self.exit();
+        if let Some(exit) = *exit {
+            return Ok(exit);
+        }
+        let reaped = reap(self.pidfd.as_fd(), self.pid)?;
+        *exit = Some(reaped);
+        Ok(reaped)
+    }
+
+    /// A panic while it was held left it whole: it is one assignment.
+    fn exit(&self) -> MutexGuard<'_, Option<Exit>> {
+        self.exit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -94,9 +104,9 @@ impl AsFd for Child {
 
 fn reap(pidfd: BorrowedFd<'_>, pid: Pid) -> Result<Exit> {
     let what = || format!("waiting for process {}", pid.as_raw_nonzero());
-    let status = rustix::process::waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED | WaitIdOptions::NOHANG)
+    let status = rustix::process::waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED)
         .map_err(|errno| crate::failed(what(), errno))?
-        .ok_or_else(|| Error::new(clawpot_types::Kind::Internal, format!("{}: it has not ended", what())))?;
+        .ok_or_else(|| Error::new(clawpot_types::Kind::Internal, format!("{}: nothing was told", what())))?;
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => Ok(Exit::Code(code)),
         (None, Some(signal)) => Ok(Exit::Signal(signal)),
@@ -108,7 +118,7 @@ impl Drop for Child {
     fn drop(&mut self) {
         // Without a runtime this process is about to end, and init reaps.
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        if self.reaped.load(Ordering::Acquire) {
+        if self.exit().is_some() {
             return;
         }
         let pid = self.pid;

@@ -3,14 +3,14 @@
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use clawpot_types::{Error, Kind, Result};
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::PipeFlags;
-use rustix::process::{Pid, WaitId, WaitIdOptions};
+use rustix::process::Pid;
 
 use super::Child;
 use super::enter::{self, Plan, Report};
@@ -231,13 +231,10 @@ fn outcome(what: &str, pid: Pid, pidfd: OwnedFd, report: OwnedFd) -> Result<Chil
     }
 }
 
-/// It has ended or is about to.
 fn reap_failed(child: &Child) {
-    let waited = rustix::process::waitid(WaitId::PidFd(child.as_fd()), WaitIdOptions::EXITED);
-    if let Err(errno) = waited {
-        tracing::warn!(pid = child.pid(), %errno, "a child that failed to start could not be reaped");
+    if let Err(error) = child.reap() {
+        tracing::warn!(pid = child.pid(), error = error.chain(), "a child that failed to start could not be reaped");
     }
-    child.forget();
 }
 
 fn output_fd(output: &Output, null: &OwnedFd) -> RawFd {
