@@ -1,0 +1,109 @@
+//! One cgroup per exec: its processes, also those that left its session, die with one write.
+
+use std::fs::{DirBuilder, File};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::lock;
+
+/// Cgroups that the guest may nest in an exec's before we give up removing them.
+const MAX_DEPTH: u32 = 16;
+
+/// The cgroup2 directory that all execs' cgroups are in.
+#[derive(Debug)]
+pub struct Cgroups {
+    root: PathBuf,
+    /// Cgroups of ended execs in which processes live on.
+    left: Mutex<Vec<PathBuf>>,
+}
+
+/// The cgroup of one exec.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    dir: OwnedFd,
+}
+
+impl Cgroups {
+    /// Makes `root` if it is not there; its parent must be in a cgroup2 file system.
+    pub fn new(root: &Path) -> io::Result<Self> {
+        make(root)?;
+        Ok(Self { root: root.to_owned(), left: Mutex::default() })
+    }
+
+    /// A new cgroup. One of that name in which processes of an ended exec live on is an error.
+    pub fn create(&self, name: &str) -> io::Result<Cgroup> {
+        let path = self.root.join(name);
+        DirBuilder::new().mode(0o755).create(&path)?;
+        let dir = rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(Cgroup { path, dir })
+    }
+
+    /// Removes it, or keeps it for [`Cgroups::sweep`] while there are processes.
+    pub fn remove(&self, cgroup: &Cgroup) {
+        if remove_tree(&cgroup.path, 0).is_err() {
+            lock(&self.left).push(cgroup.path.clone());
+        }
+    }
+
+    /// Removes what [`Cgroups::remove`] could not.
+    pub fn sweep(&self) {
+        lock(&self.left).retain(|path| remove_tree(path, 0).is_err());
+    }
+
+    /// Kills everyone in all of them.
+    pub fn kill_all(&self) -> io::Result<()> {
+        kill(&self.root)
+    }
+
+    /// Whether no process is left in any of them.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        let events = std::fs::read_to_string(self.root.join("cgroup.events"))?;
+        Ok(events.lines().any(|line| line == "populated 0"))
+    }
+}
+
+impl Cgroup {
+    /// Kills everyone in it and below.
+    pub fn kill(&self) -> io::Result<()> {
+        kill(&self.path)
+    }
+}
+
+impl AsFd for Cgroup {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+}
+
+fn make(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o755).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
+    }
+}
+
+fn kill(path: &Path) -> io::Result<()> {
+    File::options().write(true).open(path.join("cgroup.kill"))?.write_all(b"1")
+}
+
+/// Children first: the guest may have made cgroups in the one it was given.
+fn remove_tree(path: &Path, depth: u32) -> io::Result<()> {
+    match std::fs::remove_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy && depth < MAX_DEPTH => {}
+        result => return result,
+    }
+    for entry in std::fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path(), depth + 1)?;
+        }
+    }
+    std::fs::remove_dir(path)
+}
