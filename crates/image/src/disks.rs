@@ -1,0 +1,185 @@
+//! VMs' writable disks: sparse ext4 files, each the clone of a template that is formatted once per size.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clawpot_host::fs::{self, Cloned};
+use clawpot_host::process::{Tool, find_program};
+use clawpot_types::{Error, Kind, MiB, Result, VmId};
+use tokio::sync::{Mutex, OwnedMutexGuard};
+
+/// Changes with what a template contains: one made by an earlier version is not used.
+const TEMPLATE_LAYOUT: u32 = 1;
+/// Locks for all VMs together: two VMs that share one wait for each other a few milliseconds.
+const LOCKS: usize = 64;
+
+#[derive(Debug)]
+pub struct Disks {
+    disks: PathBuf,
+    templates: PathBuf,
+    /// By VM: a removal waits for a clone that nobody waits for any more, else the clone would outlive it.
+    locks: Vec<Arc<Mutex<()>>>,
+    formatting: Mutex<()>,
+}
+
+impl Disks {
+    /// Below `state`, which exists and which no other process uses. Blocks. Removes what a crash left half made.
+    pub fn open(state: &Path) -> Result<Self> {
+        let state = std::path::absolute(state)
+            .map_err(|error| Error::io(format!("finding the state directory {}", state.display()), error))?;
+        let (disks, templates) = (state.join("disks"), state.join("templates"));
+        for dir in [&disks, &templates] {
+            fs::ensure_dir(dir, 0o700)?;
+            sweep(dir)?;
+        }
+        let locks = std::iter::repeat_with(Arc::default).take(LOCKS).collect();
+        Ok(Self { disks, templates, locks, formatting: Mutex::default() })
+    }
+
+    #[must_use]
+    pub fn path(&self, vm: &VmId) -> PathBuf {
+        self.disks.join(format!("{vm}.ext4"))
+    }
+
+    pub async fn look(&self, vm: &VmId) -> Result<Option<()>> {
+        let path = self.path(vm);
+        match tokio::fs::symlink_metadata(&path).await {
+            Ok(_) => Ok(Some(())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io(format!("looking at disk {}", path.display()), error)),
+        }
+    }
+
+    /// See `Images::create_disk`. Some 2 MiB of a 4 GiB template are data: 3 ms to copy, less where the file system can
+    /// share blocks.
+    pub async fn create(&self, vm: &VmId, size: MiB) -> Result<PathBuf> {
+        let path = self.path(vm);
+        if self.look(vm).await?.is_some() {
+            return Ok(path);
+        }
+        let what = format!("creating disk {} of {size}", path.display());
+        let template = self.template(size).await.map_err(|error| no_room(error, &self.templates).context(&what))?;
+        let guard = self.lock(vm).await;
+        let target = path.clone();
+        let cloned = blocking(guard, move || clone_into_place(&template, &target)).await;
+        match cloned.map_err(|error| no_room(error, &self.disks).context(what))? {
+            Some(how) => tracing::debug!(%vm, ?how, "disk cloned"),
+            None => tracing::debug!(%vm, "disk was there already"),
+        }
+        Ok(path)
+    }
+
+    /// Gone afterwards, also when it was before.
+    pub async fn remove(&self, vm: &VmId) -> Result<()> {
+        let guard = self.lock(vm).await;
+        let path = self.path(vm);
+        blocking(guard, move || fs::remove_file_if_exists(&path)).await
+    }
+
+    async fn lock(&self, vm: &VmId) -> OwnedMutexGuard<()> {
+        let sum: usize = vm.as_str().bytes().map(usize::from).sum();
+        Arc::clone(&self.locks[sum % LOCKS]).lock_owned().await
+    }
+
+    /// The template for this size, formatted now (12–19 ms for 4 GiB) if it is the first disk of its size.
+    async fn template(&self, size: MiB) -> Result<PathBuf> {
+        let path = self.templates.join(format!("upper-v{TEMPLATE_LAYOUT}-{}.ext4", size.0));
+        let is_there = || std::fs::symlink_metadata(&path).is_ok();
+        if is_there() {
+            return Ok(path);
+        }
+        let _one_at_a_time = self.formatting.lock().await;
+        if !is_there() {
+            let half = RemovedOnDrop(fs::temp_name(&path)?);
+            let tree = RemovedOnDrop(fs::temp_name(&self.templates.join("tree"))?);
+            format(&half.0, &tree.0, size).await?;
+            let (from, to) = (half.0.clone(), path.clone());
+            blocking((half, tree), move || put_in_place(&from, &to)).await?;
+        }
+        Ok(path)
+    }
+}
+
+/// An ext4 with the two directories an overlay needs, `upper` and `work`.
+async fn format(file: &Path, tree: &Path, size: MiB) -> Result<()> {
+    for dir in [tree.to_owned(), tree.join("upper"), tree.join("work")] {
+        fs::ensure_dir(&dir, 0o755)?;
+    }
+    let mke2fs = find_program("mke2fs", std::env::var_os("PATH").as_deref())
+        .map_err(|error| error.hint("install the package e2fsprogs"))?;
+    let size = format!("{}M", size.0);
+    // The file is new, so all of it reads as zeros: with that said, mke2fs writes no inode table, and the guest's kernel does
+    // not set out to write them either.
+    let tool = Tool::new(mke2fs)
+        .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-L", "disk"])
+        .args(["-E", "root_owner=0:0,lazy_itable_init=0,assume_storage_prezeroed=1"])
+        .args(["-d".as_ref(), tree.as_os_str(), file.as_os_str(), size.as_ref()]);
+    tool.run().await.map(drop)
+}
+
+fn clone_into_place(template: &Path, path: &Path) -> Result<Option<Cloned>> {
+    if std::fs::symlink_metadata(path).is_ok() {
+        return Ok(None);
+    }
+    let half = RemovedOnDrop(fs::temp_name(path)?);
+    let how = fs::clone_file(template, &half.0)?;
+    put_in_place(&half.0, path)?;
+    Ok(Some(how))
+}
+
+/// On the disk before it bears the name.
+fn put_in_place(half: &Path, path: &Path) -> Result<()> {
+    let what = || format!("finishing {}", path.display());
+    std::fs::File::open(half)
+        .and_then(|file| file.sync_all())
+        .and_then(|()| std::fs::rename(half, path))
+        .map_err(|error| Error::io(what(), error))?;
+    path.parent().map_or(Ok(()), fs::sync_dir)
+}
+
+/// Half-made files bear names that begin with a dot.
+fn sweep(dir: &Path) -> Result<()> {
+    let what = || format!("looking for half-made files in {}", dir.display());
+    for entry in std::fs::read_dir(dir).map_err(|error| Error::io(what(), error))? {
+        let entry = entry.map_err(|error| Error::io(what(), error))?;
+        let name = entry.file_name();
+        if name.as_encoded_bytes().starts_with(b".") && name.as_encoded_bytes().ends_with(b".tmp") {
+            fs::remove_tree_if_exists(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// A full disk is told as such, whether a system call or mke2fs met it.
+fn no_room(error: Error, dir: &Path) -> Error {
+    let chain = error.chain();
+    if error.kind() != Kind::Exhausted && !chain.contains("No space left on device") {
+        return error;
+    }
+    let hint = format!("free some space on the file system of {}; nothing was left behind", dir.display());
+    Error::new(Kind::Exhausted, format!("no room in {}", dir.display())).because(error).hint(hint)
+}
+
+/// Runs `work` where it may block. `held` is let go when it ends, even if nobody waits for it any more.
+async fn blocking<T: Send + 'static>(
+    held: impl Send + 'static,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let task = tokio::task::spawn_blocking(move || {
+        let result = work();
+        drop(held);
+        result
+    });
+    task.await.map_err(|error| Error::new(Kind::Internal, "a disk task panicked").because(error))?
+}
+
+/// Takes a half-made file or directory away when its making ends, however it ends.
+struct RemovedOnDrop(PathBuf);
+
+impl Drop for RemovedOnDrop {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_tree_if_exists(&self.0) {
+            tracing::warn!(error = error.chain(), "a half-made file stays until the next start");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use clawpot_core::ImagePin;
+use clawpot_core::ports::{BootFiles, ImageInfo, Images, UnreadableImage};
+use clawpot_types::{Error, ImageRef, Kind, MiB, Result, VmId};
+
+use crate::disks::Disks;
+use crate::manifest::Blob;
+use crate::store::Store;
+use crate::verify::Verifier;
+
+/// The `Images` port over an image store and a state directory on one file system.
+#[derive(Debug)]
+pub struct LocalImages {
+    files: Arc<Files>,
+    disks: Disks,
+}
+
+#[derive(Debug)]
+struct Files {
+    store: Store,
+    verifier: Verifier,
+}
+
+impl LocalImages {
+    /// `state` exists and belongs to this process alone; the store may be shared and needs not exist yet. Blocks.
+    pub fn open(image_dir: &Path, state: &Path) -> Result<Self> {
+        let verifier = Verifier::open(&state.join("verified.json"));
+        let files = Arc::new(Files { store: Store::new(image_dir)?, verifier });
+        Ok(Self { files, disks: Disks::open(state)? })
+    }
+
+    /// Runs `work` where it may block. Whoever stops waiting changes nothing: it only reads, and keeps verdicts.
+    async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Files) -> Result<T> + Send + 'static) -> Result<T> {
+        let files = Arc::clone(&self.files);
+        let task = tokio::task::spawn_blocking(move || work(&files));
+        task.await.map_err(|error| Error::new(Kind::Internal, "an image task panicked").because(error))?
+    }
+}
+
+impl Files {
+    /// What a VM with this image boots from: role, path and what it must be.
+    fn parts(&self, pin: &ImagePin) -> Result<[(&'static str, PathBuf, Blob); 3]> {
+        let boot = self.store.boot()?;
+        let manifest = self.store.by_digest(&pin.digest)?;
+        let part = |role, blob: Blob| (role, self.store.blob_path(&blob.digest), blob);
+        Ok([part("kernel", boot.kernel), part("initramfs", boot.initramfs), part("image", manifest.rootfs.blob)])
+    }
+
+    fn ensure(&self, pin: &ImagePin) -> Result<BootFiles> {
+        let parts = self.parts(pin)?;
+        for (role, path, blob) in &parts {
+            self.verifier.verify(role, path, blob)?;
+        }
+        let [(_, kernel, kernel_blob), (_, initramfs, _), (_, rootfs, _)] = parts;
+        Ok(BootFiles { kernel, kernel_digest: kernel_blob.digest, initramfs, rootfs })
+    }
+}
+
+#[async_trait]
+impl Images for LocalImages {
+    async fn resolve(&self, image: &ImageRef) -> Result<ImagePin> {
+        let image = image.clone();
+        self.blocking(move |files| {
+            let (digest, _) = files.store.resolve(&image)?;
+            files.store.boot()?;
+            Ok(ImagePin { digest })
+        })
+        .await
+    }
+
+    async fn look(&self, pin: &ImagePin) -> Result<Option<()>> {
+        let pin = pin.clone();
+        self.blocking(move |files| match files.parts(&pin) {
+            Ok(parts) => Ok(parts.iter().all(|(_, path, blob)| files.verifier.is_known(path, blob)).then_some(())),
+            // To be told by `ensure`, with all that it says.
+            Err(error) if matches!(error.kind(), Kind::NotFound | Kind::FailedPrecondition) => Ok(None),
+            Err(error) => Err(error),
+        })
+        .await
+    }
+
+    async fn ensure(&self, pin: &ImagePin) -> Result<BootFiles> {
+        let pin = pin.clone();
+        self.blocking(move |files| files.ensure(&pin)).await
+    }
+
+    async fn list(&self) -> Result<(Vec<ImageInfo>, Vec<UnreadableImage>)> {
+        self.blocking(|files| files.store.list()).await
+    }
+
+    fn disk_path(&self, vm: &VmId) -> PathBuf {
+        self.disks.path(vm)
+    }
+
+    async fn look_disk(&self, vm: &VmId) -> Result<Option<()>> {
+        self.disks.look(vm).await
+    }
+
+    async fn create_disk(&self, vm: &VmId, size: MiB) -> Result<PathBuf> {
+        self.disks.create(vm, size).await
+    }
+
+    async fn remove_disk(&self, vm: &VmId) -> Result<()> {
+        self.disks.remove(vm).await
+    }
+}
