@@ -1,0 +1,48 @@
+//! The kernel's command line: what is the same for both VMMs, and who the guest is.
+
+use clawpot_core::ports::Machine;
+use clawpot_types::guest::{CMDLINE_HOSTNAME, CMDLINE_INCARNATION, CMDLINE_TRANSPORT, CMDLINE_VM};
+
+/// How the host reaches the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    Vsock,
+    Tcp,
+}
+
+impl Transport {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Vsock => "vsock",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+/// Firecracker has one serial port, no PCI bus and no ACPI reset: `reboot=k` ends it through the keyboard controller.
+/// `i8042.*`: that controller has nothing else to probe.
+pub const FIRECRACKER: &str = "pci=off reboot=k i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd tsc=reliable";
+
+/// `tsc=reliable`: under load the watchdog would take an emulated TSC for broken. `mitigations=off`: an emulated CPU
+/// does not speculate, the work-arounds would only be emulated too. The rest spares probing devices that are not there.
+pub const QEMU_TCG: &str = "tsc=reliable mitigations=off reboot=t i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd";
+
+/// Hardware virtualisation: its CPUs do speculate.
+pub const QEMU_KVM: &str = "tsc=reliable reboot=t i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd";
+
+/// `console=ttyS0`: what a guest prints is the log of a failed boot. `panic=-1`: a panic is a reboot, which ends the VMM.
+/// `loglevel=4`: warnings and worse; a full boot log costs time on an emulated serial port.
+/// `random.trust_cpu=on`: the pool is ready at boot, and the virtio device adds to it.
+const COMMON: &str = "console=ttyS0 loglevel=4 panic=-1 random.trust_cpu=on";
+
+/// The whole line; `vmm` is one of this module's constants. Every part is of a checked type: nothing needs quoting.
+#[must_use]
+pub fn line(machine: &Machine, vmm: &str, transport: Transport) -> String {
+    format!(
+        "{COMMON} {vmm} {CMDLINE_VM}={} {CMDLINE_INCARNATION}={} {CMDLINE_HOSTNAME}={} {CMDLINE_TRANSPORT}={}",
+        machine.id.vm,
+        machine.id.incarnation,
+        machine.name,
+        transport.as_str()
+    )
+}

@@ -1,0 +1,150 @@
+//! A machine's directory. Everything here blocks, for well under a millisecond.
+
+use std::fs::Permissions;
+use std::io;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::Path;
+
+use clawpot_core::MachineId;
+use clawpot_core::ports::Machine;
+use clawpot_host::fs::{ensure_dir, hard_link, remove_tree_if_exists, replace_unsynced};
+use clawpot_types::{Error, Kind, Result};
+use rustix::fs::{CWD, FileType, Mode};
+use serde::{Deserialize, Serialize};
+
+use super::{DISK, INITRAMFS, Jail, KERNEL, ROOTFS};
+
+/// `machine.json`.
+#[derive(Debug, Serialize, Deserialize)]
+struct Manifest {
+    version: u32,
+    /// Of the host, when it was prepared.
+    boot_id: String,
+    /// The machine, for whoever reads the directory.
+    vm: String,
+    name: String,
+    uid: u32,
+}
+
+const MANIFEST_VERSION: u32 = 1;
+
+/// How far a directory has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Absent,
+    HalfMade,
+    Stale,
+    Prepared,
+    Started,
+}
+
+impl State {
+    pub(super) const fn explain(self) -> &'static str {
+        match self {
+            Self::Absent => "its directory is gone",
+            Self::HalfMade => "its preparation was interrupted",
+            Self::Stale => "the host was rebooted",
+            // Not said of this one: it has not ended.
+            Self::Prepared => "it was not started",
+            Self::Started => "it ended while no server watched",
+        }
+    }
+}
+
+pub(super) fn look(jail: &Jail) -> Result<State> {
+    let what = || format!("looking at {}", jail.dir().display());
+    let text = match std::fs::read(jail.manifest()) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return match jail.dir().try_exists() {
+                Ok(true) => Ok(State::HalfMade),
+                Ok(false) => Ok(State::Absent),
+                Err(error) => Err(Error::io(what(), error)),
+            };
+        }
+        Err(error) => return Err(Error::io(what(), error)),
+    };
+    // It is written whole by us; what cannot be read is of no use to anyone, and no process is at stake here.
+    let Ok(manifest) = serde_json::from_slice::<Manifest>(&text) else { return Ok(State::HalfMade) };
+    if manifest.boot_id != clawpot_host::boot_id()? {
+        return Ok(State::Stale);
+    }
+    match jail.process().try_exists() {
+        Ok(true) => Ok(State::Started),
+        Ok(false) => Ok(State::Prepared),
+        Err(error) => Err(Error::io(what(), error)),
+    }
+}
+
+pub(super) fn make(base: &Path, jail: &Jail, machine: &Machine) -> Result<()> {
+    let seat = &machine.seat;
+    make_parents(base)?;
+    ensure_dir(jail.dir(), 0o700)?;
+    let root = jail.root();
+    ensure_dir(&root, 0o700)?;
+    own(&root, seat.uid, seat.gid)?;
+    for (from, name) in
+        [(&machine.files.kernel, KERNEL), (&machine.files.initramfs, INITRAMFS), (&machine.files.rootfs, ROOTFS)]
+    {
+        hard_link(from, &jail.file(name))?;
+    }
+    // By its own name, which nobody but us can change, before it lies where the VMM could.
+    std::fs::set_permissions(&machine.disk, Permissions::from_mode(0o600))
+        .map_err(|error| Error::io(format!("giving {} its mode", machine.disk.display()), error))?;
+    own(&machine.disk, seat.uid, seat.gid)?;
+    hard_link(&machine.disk, &jail.file(DISK))?;
+    make_fifo(&jail.console())?;
+    let manifest = Manifest {
+        version: MANIFEST_VERSION,
+        boot_id: clawpot_host::boot_id()?,
+        vm: machine.id.to_string(),
+        name: machine.name.to_string(),
+        uid: seat.uid,
+    };
+    let text = serde_json::to_vec_pretty(&manifest)
+        .map_err(|error| Error::new(Kind::Internal, "writing a machine's manifest").because(error))?;
+    replace_unsynced(&jail.manifest(), &text, 0o600)
+}
+
+/// `STATE/jail` and `STATE/jail/<vmm>`.
+fn make_parents(base: &Path) -> Result<()> {
+    if let Some(jails) = base.parent() {
+        ensure_dir(jails, 0o700)?;
+    }
+    ensure_dir(base, 0o700)
+}
+
+fn own(path: &Path, uid: u32, gid: u32) -> Result<()> {
+    chown(path, Some(uid), Some(gid)).map_err(|error| {
+        let error = Error::io(format!("giving {} to uid {uid}", path.display()), error);
+        if error.kind() == Kind::PermissionDenied { error.hint("run clawpot-server as root") } else { error }
+    })
+}
+
+fn make_fifo(path: &Path) -> Result<()> {
+    match rustix::fs::mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+        Err(errno) => Err(Error::io(format!("making the FIFO {}", path.display()), errno.into())),
+    }
+}
+
+/// The manifest goes first: what is left of an interrupted removal is not taken for a prepared machine.
+pub(super) fn remove(jail: &Jail) -> Result<()> {
+    clawpot_host::fs::remove_file_if_exists(&jail.manifest())?;
+    remove_tree_if_exists(jail.dir())
+}
+
+pub(super) fn list(base: &Path) -> Result<Vec<MachineId>> {
+    let what = || format!("listing {}", base.display());
+    let entries = match std::fs::read_dir(base) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io(what(), error)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(|error| Error::io(what(), error))?;
+        found.extend(entry.file_name().to_str().and_then(|name| name.parse().ok()));
+    }
+    Ok(found)
+}

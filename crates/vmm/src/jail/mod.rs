@@ -1,0 +1,247 @@
+//! What both drivers share: a machine's directory and cgroup, its process, its end.
+//!
+//! ```text
+//! STATE/jail/<vmm>/<vm>-<incarnation>/     root's, 0700: reachability isolates, not file modes
+//!   machine.json    written last: without it the directory is half made
+//!   console         FIFO, the VMM's stdout and stderr
+//!   process.json    who was started; without it nobody was
+//!   root/           owned by the slot's uid: the VMM's working directory
+//!     kernel initramfs rootfs     hard links to root's 0444 files
+//!     disk                        hard link to the VM's disk, owned by the slot's uid
+//!     api.sock v.sock             made by the VMM
+//! ```
+//!
+//! | `inspect` says | when |
+//! |---|---|
+//! | Running | the cgroup has a process |
+//! | Prepared | `machine.json` is of this boot, `process.json` is not there |
+//! | Exited | anything else that is there, half-made or stale too: `destroy` is what it needs |
+//! | Absent | neither directory nor cgroup |
+//!
+//! Nothing here is synced: a power failure ends every machine anyway.
+
+mod directory;
+mod process;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use clawpot_core::ports::Machine;
+use clawpot_core::{Fact, MachineId, VmmFact, VmmKind};
+use clawpot_host::cgroup::{Cgroup, Cgroups};
+use clawpot_host::process::{Child, Spawn};
+use clawpot_types::{Error, InstanceId, Kind, Result};
+
+use crate::console::Consoles;
+
+/// Names inside a machine's `root`, the same for every VM: a snapshot names nothing that differs.
+pub const KERNEL: &str = "kernel";
+pub const INITRAMFS: &str = "initramfs";
+pub const ROOTFS: &str = "rootfs";
+pub const DISK: &str = "disk";
+pub const API_SOCKET: &str = "api.sock";
+pub const VSOCK: &str = "v.sock";
+
+/// Every machine of one VMM in one state directory. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Jails {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    /// `STATE/jail/<vmm>`.
+    base: PathBuf,
+    /// `clawpot/<instance>`, in which each machine has its group.
+    group: String,
+    cgroups: Cgroups,
+    consoles: Consoles,
+    /// Processes that this daemon started; how they end is known.
+    children: Mutex<BTreeMap<MachineId, Arc<Child>>>,
+}
+
+/// One machine's places. Makes nothing.
+#[derive(Clone, Debug)]
+pub struct Jail {
+    id: MachineId,
+    dir: PathBuf,
+    cgroup: Cgroup,
+}
+
+impl Jail {
+    #[must_use]
+    pub fn id(&self) -> &MachineId {
+        &self.id
+    }
+
+    /// The machine's directory, root's alone.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The VMM's working directory.
+    #[must_use]
+    pub fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
+    /// One of this module's names inside the root.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.root().join(name)
+    }
+
+    #[must_use]
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    fn console(&self) -> PathBuf {
+        self.dir.join("console")
+    }
+
+    fn manifest(&self) -> PathBuf {
+        self.dir.join("machine.json")
+    }
+
+    fn process(&self) -> PathBuf {
+        self.dir.join("process.json")
+    }
+}
+
+impl Jails {
+    /// `state`: the server's state directory; directories are made when the first machine is prepared.
+    pub fn new(state: &Path, instance: &InstanceId, kind: VmmKind, consoles: Consoles) -> Result<Self> {
+        let inner = Inner {
+            base: state.join("jail").join(kind.as_str()),
+            group: format!("clawpot/{instance}"),
+            cgroups: Cgroups::find()?,
+            consoles,
+            children: Mutex::default(),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The machine's places, whether or not it exists.
+    pub fn jail(&self, id: &MachineId) -> Result<Jail> {
+        let cgroup = self.inner.cgroups.group(&format!("{}/{id}", self.inner.group))?;
+        Ok(Jail { id: id.clone(), dir: self.inner.base.join(id.to_string()), cgroup })
+    }
+
+    /// Makes the machine's directory. Again is fine; one that is half made or stale is made afresh.
+    /// `FailedPrecondition`: it runs; or the state directory and the images are on two file systems.
+    pub async fn prepare(&self, machine: &Machine) -> Result<()> {
+        let (this, machine) = (self.clone(), machine.clone());
+        self.blocking("preparing", &machine.id.clone(), move |jail| match this.look(&jail)? {
+            Some(VmmFact::Prepared) => Ok(()),
+            None => directory::make(&this.inner.base, &jail, &machine),
+            Some(VmmFact::Exited { .. }) => {
+                clawpot_host::fs::remove_tree_if_exists(jail.dir())?;
+                directory::make(&this.inner.base, &jail, &machine)
+            }
+            Some(VmmFact::Running { .. }) => Err(Error::new(Kind::FailedPrecondition, "it runs")),
+        })
+        .await
+    }
+
+    /// Starts the VMM, once prepared: `spawn` (run where blocking is fine) says which program with what; group, standard
+    /// output and error are added here. A living machine is left as it is.
+    /// `FailedPrecondition`: it is not prepared, or it ran already.
+    pub async fn start<F>(&self, id: &MachineId, spawn: F) -> Result<()>
+    where
+        F: FnOnce(&Jail) -> Result<Spawn> + Send + 'static,
+    {
+        // Before the process: what a FIFO holds is gone with the last one who has it open.
+        self.attach(id)?;
+        let this = self.clone();
+        self.blocking("starting", id, move |jail| process::start(&this, &jail, spawn)).await
+    }
+
+    /// Sees to it that the console is drained, from now on. To be called inside a runtime.
+    pub fn attach(&self, id: &MachineId) -> Result<()> {
+        let jail = self.jail(id)?;
+        let drained = self.inner.consoles.drain(id, &jail.console());
+        drained.map_err(|error| error.context(format!("machine {id}: draining its console")))
+    }
+
+    /// What is there of the machine.
+    pub async fn inspect(&self, id: &MachineId) -> Fact<VmmFact> {
+        let look = self.jail(id).and_then(|jail| self.look(&jail));
+        let Ok(Some(VmmFact::Exited { .. })) = &look else { return Fact::from_look(look) };
+        // The group is empty a moment before the process can be reaped.
+        let child = self.children().get(id).cloned();
+        match child {
+            Some(child) => {
+                Fact::from_look(child.wait().await.map(|exit| Some(VmmFact::Exited { how: exit.to_string() })))
+            }
+            None => Fact::from_look(look),
+        }
+    }
+
+    /// A handful of system calls.
+    fn look(&self, jail: &Jail) -> Result<Option<VmmFact>> {
+        match (jail.cgroup().populated()?, directory::look(jail)?) {
+            (Some(true), _) => Ok(Some(VmmFact::Running { attached: self.inner.consoles.is_drained(jail.id()) })),
+            (None, directory::State::Absent) => Ok(None),
+            (_, directory::State::Prepared) => Ok(Some(VmmFact::Prepared)),
+            (_, state) => Ok(Some(VmmFact::Exited { how: state.explain().to_owned() })),
+        }
+    }
+
+    /// Returns once no process of the machine is left.
+    pub async fn exited(&self, id: &MachineId) {
+        let Ok(jail) = self.jail(id) else { return };
+        while let Err(error) = jail.cgroup().empty().await {
+            tracing::warn!(machine = %id, error = error.chain(), "waiting for a machine's end");
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        }
+    }
+
+    /// Kills every process of the machine; does not wait.
+    pub fn stop(&self, id: &MachineId) -> Result<()> {
+        let killed = self.jail(id).and_then(|jail| jail.cgroup().kill());
+        killed.map_err(|error| error.context(format!("machine {id}: killing it")))
+    }
+
+    /// Removes directory and group of a machine without processes. Again is fine.
+    pub async fn destroy(&self, id: &MachineId) -> Result<()> {
+        let jail = self.jail(id)?;
+        let what = || format!("machine {id}: removing it");
+        if jail.cgroup().populated().map_err(|error| error.context(what()))? == Some(true) {
+            return Err(Error::new(Kind::FailedPrecondition, format!("{}: its processes live", what())));
+        }
+        self.inner.consoles.finish(id).await;
+        self.blocking("removing", id, move |jail| directory::remove(&jail)).await?;
+        jail.cgroup().remove().await.map_err(|error| error.context(what()))?;
+        self.children().remove(id);
+        Ok(())
+    }
+
+    /// Every machine of which something exists. A name that is not a machine's is not ours and stays.
+    pub fn list(&self) -> Result<Vec<MachineId>> {
+        let mut found: BTreeSet<MachineId> = directory::list(&self.inner.base)?.into_iter().collect();
+        let groups = self.inner.cgroups.list(&self.inner.group)?;
+        found.extend(groups.iter().filter_map(|name| name.parse().ok()));
+        Ok(found.into_iter().collect())
+    }
+
+    fn children(&self) -> MutexGuard<'_, BTreeMap<MachineId, Arc<Child>>> {
+        // Whatever panicked, a map of descriptors stays whole.
+        self.inner.children.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `work` on a thread where blocking is fine. A caller that goes away does not stop it.
+    async fn blocking<T, F>(&self, doing: &str, id: &MachineId, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(Jail) -> Result<T> + Send + 'static,
+    {
+        let what = format!("machine {id}: {doing} it");
+        let jail = self.jail(id)?;
+        let done = tokio::task::spawn_blocking(move || work(jail)).await;
+        done.unwrap_or_else(|error| Err(Error::new(Kind::Internal, "it panicked").because(error)))
+            .map_err(|error| error.context(what))
+    }
+}

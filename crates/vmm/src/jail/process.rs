@@ -1,0 +1,41 @@
+//! A machine's process. Everything here blocks, for the time of a fork and an exec.
+
+use std::sync::Arc;
+
+use clawpot_core::VmmFact;
+use clawpot_host::cgroup::Limits;
+use clawpot_host::fs::replace_unsynced;
+use clawpot_host::process::{Identity, Output, Spawn};
+use clawpot_types::{Error, Kind, Result};
+
+use super::{Jail, Jails};
+
+pub(super) fn start<F>(jails: &Jails, jail: &Jail, spawn: F) -> Result<()>
+where
+    F: FnOnce(&Jail) -> Result<Spawn>,
+{
+    match jails.look(jail)? {
+        Some(VmmFact::Running { .. }) => return Ok(()),
+        Some(VmmFact::Prepared) => {}
+        Some(VmmFact::Exited { how }) => {
+            return Err(Error::new(Kind::FailedPrecondition, format!("{how}; it cannot be started again")));
+        }
+        None => return Err(Error::new(Kind::FailedPrecondition, "it is not prepared")),
+    }
+    // Limits come with quotas; the group is where they go.
+    jail.cgroup().create(&Limits::default())?;
+    jails.inner.consoles.begin(jail.id())?;
+    let output = || crate::console::open(&jail.console()).map(Output::To);
+    let child = spawn(jail)?.stdout(output()?).stderr(output()?).cgroup(jail.cgroup())?.spawn()?;
+    let pid = child.pid();
+    jails.children().insert(jail.id().clone(), Arc::new(child));
+    // A crash before this line leaves a process in the group, which is all that counts while it lives.
+    let text = match Identity::of(pid) {
+        Ok(identity) => serde_json::to_vec_pretty(&identity)
+            .map_err(|error| Error::new(Kind::Internal, "writing a process's identity").because(error))?,
+        // It ended at once; that it was there is what must be known.
+        Err(error) if error.kind() == Kind::NotFound => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    replace_unsynced(&jail.process(), &text, 0o600)
+}

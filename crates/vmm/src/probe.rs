@@ -1,0 +1,1 @@
+//! Which VMM this host can run.
