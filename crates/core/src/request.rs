@@ -12,6 +12,16 @@ pub enum Request {
 
 impl Request {
     pub const ALL: [Self; 4] = [Self::Start, Self::Stop, Self::Delete, Self::Exec];
+
+    #[must_use]
+    pub const fn verb(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Stop => "stop",
+            Self::Delete => "delete",
+            Self::Exec => "run a command in",
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use clawpot_types::{
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-use super::{Service, known, tell};
+use super::{Service, known, tell, to_its_end};
 use crate::records::{name_key, slot_key};
 
 /// What a client may ask for, checked in form by the API.
@@ -40,6 +40,11 @@ const ATTEMPTS: usize = 16;
 impl Service {
     /// Accepts a VM; its runner brings it up. The same `request_id` with the same body is the same VM, for 24 hours.
     pub async fn create(&self, request_id: &str, body: CreateVm, actor: &str) -> Result<(Revision, Arc<VmRecord>)> {
+        let (this, request_id, actor) = (self.clone(), request_id.to_owned(), actor.to_owned());
+        to_its_end(async move { this.accept(&request_id, body, &actor).await }).await
+    }
+
+    async fn accept(&self, request_id: &str, body: CreateVm, actor: &str) -> Result<(Revision, Arc<VmRecord>)> {
         check(&body.spec)?;
         let request_key = request_key(request_id)?;
         if let Some(key) = &request_key

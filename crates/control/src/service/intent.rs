@@ -5,9 +5,9 @@ use std::sync::Arc;
 use clawpot_core::ports::Durability;
 use clawpot_core::request::{Answer, Request, answer};
 use clawpot_core::{Desired, VmRecord};
-use clawpot_types::{Error, Kind, Millis, Result, Revision};
+use clawpot_types::{Error, Kind, Millis, Result, Revision, VmId};
 
-use super::{Service, known, tell};
+use super::{Service, known, tell, to_its_end};
 use crate::Deps;
 use crate::records::Records;
 
@@ -32,11 +32,11 @@ impl Service {
         self.change(vm, Request::Stop, Desired::Stopped, set, actor).await
     }
 
-    pub async fn delete(&self, vm: &str, force: bool, actor: &str) -> Result<clawpot_types::VmId> {
+    pub async fn delete(&self, vm: &str, force: bool, actor: &str) -> Result<VmId> {
         let id = self.records.find(vm)?;
         if force && let Some(crate::Row::Unreadable { revision, .. }) = self.records.get(&id) {
-            self.force(&id, revision).await?;
-            return Ok(id);
+            let this = self.clone();
+            return to_its_end(async move { this.force(&id, revision).await.map(|()| id) }).await;
         }
         self.change(id.as_str(), Request::Delete, Desired::Deleted, |_| {}, actor).await?;
         Ok(id)
@@ -47,16 +47,28 @@ impl Service {
         vm: &str,
         request: Request,
         desired: Desired,
-        set: impl Fn(&mut VmRecord),
+        set: impl Fn(&mut VmRecord) + Send + Sync + 'static,
         actor: &str,
     ) -> Result<(Revision, Arc<VmRecord>)> {
         let id = self.records.find(vm)?;
+        let (this, actor) = (self.clone(), actor.to_owned());
+        to_its_end(async move { this.change_until_written(&id, request, desired, set, &actor).await }).await
+    }
+
+    async fn change_until_written(
+        &self,
+        id: &VmId,
+        request: Request,
+        desired: Desired,
+        set: impl Fn(&mut VmRecord) + Send + Sync,
+        actor: &str,
+    ) -> Result<(Revision, Arc<VmRecord>)> {
         loop {
-            let (revision, record) = known(&id, self.records.get(&id))?;
+            let (revision, record) = known(id, self.records.get(id))?;
             match answer(request, record.phase, record.desired) {
                 Answer::Ignore => return Ok((revision, record)),
                 Answer::Deny(why) => {
-                    let what = format!("VM {}: cannot {request:?} it: {why}", record.name).to_lowercase_verb();
+                    let what = format!("VM {}: cannot {} it: {why}", record.name, request.verb());
                     return Err(Error::new(Kind::FailedPrecondition, what));
                 }
                 Answer::Accept | Answer::Await => {}
@@ -64,7 +76,7 @@ impl Service {
             let mut asked = (*record).clone();
             set(&mut asked);
             if let Some(done) = set_desired(&self.deps, &self.records, (revision, asked), desired, actor).await? {
-                self.lives.wake(&id);
+                self.lives.wake(id);
                 return Ok(done);
             }
         }
@@ -99,18 +111,4 @@ async fn set_desired(
     };
     tell(deps, revision, &record, kind, actor).await;
     Ok(Some((revision, Arc::new(record))))
-}
-
-trait LowercaseVerb {
-    fn to_lowercase_verb(self) -> String;
-}
-
-impl LowercaseVerb for String {
-    /// "cannot Start it" → "cannot start it": the enum's names are the verbs.
-    fn to_lowercase_verb(self) -> String {
-        Request::ALL.iter().fold(self, |text, request| {
-            let verb = format!("{request:?}");
-            text.replace(&format!("cannot {verb} "), &format!("cannot {} ", verb.to_lowercase()))
-        })
-    }
 }

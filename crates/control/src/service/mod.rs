@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use clawpot_core::VmRecord;
 use clawpot_core::event::Event;
 use clawpot_core::slot::next_free;
-use clawpot_types::{Result, Revision, Slot, VmId};
+use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId};
 use tokio::sync::watch;
 use tracing::warn;
 
@@ -111,6 +111,13 @@ impl Service {
     }
 }
 
+/// Runs `work` to its end, also when its caller goes away: a client's hang-up must not come between a commit and what
+/// follows from it.
+pub(crate) async fn to_its_end<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    let task = tokio::spawn(work);
+    task.await.map_err(|error| Error::new(Kind::Internal, "the server's own task ended by panic").because(error))?
+}
+
 /// An event of what somebody asked for. Losing it loses no intent: that is in the record already.
 pub(crate) async fn tell(deps: &Deps, id: Revision, record: &VmRecord, kind: &str, actor: &str) {
     let event = Event {
@@ -130,7 +137,6 @@ pub(crate) async fn tell(deps: &Deps, id: Revision, record: &VmRecord, kind: &st
 
 /// `Row` or an error that says what is wrong with it.
 pub(crate) fn known(id: &VmId, row: Option<crate::Row>) -> Result<(Revision, Arc<VmRecord>)> {
-    use clawpot_types::{Error, Kind};
     match row {
         Some(crate::Row::Known { revision, record }) => Ok((revision, record)),
         Some(crate::Row::Unreadable { why, .. }) => {
