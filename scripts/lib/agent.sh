@@ -4,7 +4,7 @@
 # musl where rustup has it, else glibc linked statically: both give a binary that needs nothing of its root.
 agent_target() {
   local sysroot
-  sysroot=$(cargo_run rustc --quiet -- --print sysroot 2>/dev/null || rustc --print sysroot)
+  sysroot=$(as_builder rustc --print sysroot)
   if [[ -d $sysroot/lib/rustlib/x86_64-unknown-linux-musl ]]; then
     echo x86_64-unknown-linux-musl
   else
@@ -16,7 +16,8 @@ agent_target() {
 build_agent() {
   local flags=${RUSTFLAGS:-}
   if [[ $1 == *-gnu ]]; then flags="$flags -C target-feature=+crt-static"; fi
-  RUSTFLAGS=$flags cargo_run build --locked --manifest-path "$repo/Cargo.toml" --profile agent -p clawpot-agent --target "$1"
+  RUSTFLAGS=$flags \
+    cargo_run build --locked --manifest-path "$repo/Cargo.toml" --profile agent -p clawpot-agent --target "$1"
   printf 'note: %s KiB, %s\n' "$(($(stat -c %s "$(agent_binary "$1")") >> 10))" "${1##*-}"
 }
 

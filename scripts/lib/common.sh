@@ -98,26 +98,26 @@ step_note() { sed -n 's/^note: /  (/p' -- "$1" | tail -n 1 | sed 's/$/)/'; }
 # The repository's language: the version of Rust that Cargo.toml asks for.
 rust_wanted() { sed -n 's/^rust-version *= *"\(.*\)"/\1/p' "$repo/Cargo.toml" | head -n 1; }
 
-# The person behind sudo: cargo runs as them, so that target/ stays theirs and their toolchain is found.
+# The person behind sudo: what is built belongs to them, and their toolchain is the one to use.
 builder() {
   if ((EUID == 0)) && [[ -n ${SUDO_USER:-} && $SUDO_USER != root && $(stat -c %U "$repo") == "$SUDO_USER" ]]; then
     printf '%s' "$SUDO_USER"
   fi
 }
 
-# cargo_run ARGS…: cargo, wherever rustup put it.
-cargo_run() {
+# as_builder CMD…, with cargo on PATH wherever rustup put it.
+as_builder() {
   local user home
   user=$(builder)
-  home=${HOME:-/root}
   if [[ -n $user ]]; then
     home=$(getent passwd "$user" | cut -d: -f6)
-    sudo -u "$user" --preserve-env=RUSTFLAGS,CARGO_TARGET_DIR,CARGO_BUILD_JOBS -H -- \
-      env PATH="$home/.cargo/bin:$PATH" cargo "$@"
+    sudo -u "$user" -E -H -- env PATH="$home/.cargo/bin:$PATH" HOME="$home" "$@"
   else
-    PATH="$PATH:$home/.cargo/bin" cargo "$@"
+    PATH="$PATH:${HOME:-/root}/.cargo/bin" "$@"
   fi
 }
+
+cargo_run() { as_builder cargo "$@"; }
 
 need_rust() {
   local wanted found

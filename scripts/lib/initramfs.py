@@ -162,7 +162,9 @@ def make(arguments: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--agent", type=Path, help="static binary that becomes /init")
-    parser.add_argument("--modules", type=Path, required=True, help="a kernel package's lib/modules/VERSION, or what --keep kept")
+    parser.add_argument(
+        "--modules", type=Path, required=True, help="a kernel package's lib/modules/VERSION, or what --keep kept"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, help="write the initramfs")
     what.add_argument("--keep", type=Path, help="only copy the modules that are used, to this new directory")

@@ -83,7 +83,10 @@ def check(kernel: bytes) -> None:
     if kernel[:6] != b"\x7fELF\x02\x01":
         raise Bad("the payload is not a 64-bit little-endian ELF")
     # QEMU's -kernel and Firecracker both enter through the PVH note.
-    if struct.pack("<III", 4, 4, XEN_NOTE_PHYS32_ENTRY) not in kernel and struct.pack("<III", 4, 8, XEN_NOTE_PHYS32_ENTRY) not in kernel:
+    if (
+        struct.pack("<III", 4, 4, XEN_NOTE_PHYS32_ENTRY) not in kernel
+        and struct.pack("<III", 4, 8, XEN_NOTE_PHYS32_ENTRY) not in kernel
+    ):
         raise Bad("the kernel has no PVH entry note (CONFIG_PVH)")
 
 

@@ -6,7 +6,7 @@ build_needs=(cc=gcc /usr/include/x86_64-linux-gnu/sys/types.h=libc6-dev /usr/lib
 image_needs=(lz4=lz4 /usr/bin/python3=python3 mmdebstrap=mmdebstrap mke2fs=e2fsprogs unshare=util-linux
   /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring)
 run_needs=(qemu-system-x86_64=qemu-system-x86 nft=nftables ip=iproute2 mke2fs=e2fsprogs)
-test_needs=(/usr/lib/python3/dist-packages/pip=python3-pip /usr/lib/python3.*/ensurepip=python3-venv sqlite3=sqlite3)
+python_needs=("/usr/lib/python3.*/ensurepip/__main__.py=python3-venv" /etc/ssl/certs/ca-certificates.crt=ca-certificates)
 lint_needs=(shellcheck=shellcheck)
 
 apt_get() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 "$@"; }

@@ -23,7 +23,9 @@ mkdir -p -- "$root"/var/cache/apt/archives/partial "$root"/var/lib/apt/lists/par
 # devtmpfs covers it; without the nodes nothing is lost.
 find "$root/dev" -mindepth 1 -delete
 
-awk -F: -v OFS=: -v day="$((time / 86400))" '{ $3 = day; print }' "$root/etc/shadow" >"$root/etc/shadow.new"
-cat "$root/etc/shadow.new" >"$root/etc/shadow"
-rm -- "$root/etc/shadow.new"
+if [[ -e $root/etc/shadow ]]; then
+  awk -F: -v OFS=: -v day="$((time / 86400))" '{ $3 = day; print }' "$root/etc/shadow" >"$root/etc/shadow.new"
+  cat "$root/etc/shadow.new" >"$root/etc/shadow"
+  rm -- "$root/etc/shadow.new"
+fi
 find "$root" -xdev -newermt "@$time" -exec touch --no-dereference --date="@$time" {} +

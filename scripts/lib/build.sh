@@ -1,0 +1,25 @@
+# shellcheck shell=bash
+# Builds what runs on the host, and prepares what VMs boot. Sourced after common.sh, packages.sh.
+
+# The dev profile: half the build time of release, and no VM's speed depends on it.
+programs=(-p clawpot-server -p clawpot-cli -p clawpot-edge)
+bin_dir=$target/debug
+
+build_programs() { cargo_run build --locked --manifest-path "$repo/Cargo.toml" "${programs[@]}"; }
+
+# Packages, programs, kernel, initramfs and the debian image; only what is not there yet.
+prepare_host() {
+  need_packages "${build_needs[@]}" "${image_needs[@]}" "${run_needs[@]}"
+  need_rust
+  step "building server and command line" build_programs
+  "$repo/scripts/install-vm-assets.sh"
+  "$repo/scripts/setup-rootfs.sh" debian
+}
+
+# The firecracker that install-vm-assets.sh could fetch, or nothing.
+fetched_firecracker() {
+  local found
+  for found in "$assets"/firecracker/*/firecracker; do
+    if [[ -x $found ]]; then printf '%s' "$found"; fi
+  done
+}
