@@ -1,0 +1,193 @@
+//! What a batch does inside its one SQLite transaction.
+
+use std::time::Duration;
+
+use clawpot_core::event::Event;
+use clawpot_core::ports::{Change, Expect, Guard, Op, Txn, TxnOutcome};
+use clawpot_types::{Error, Kind, Result, Revision, Timestamp};
+use rusqlite::{Connection, OptionalExtension as _};
+
+use crate::error::{from_sql, sql, to_sql};
+use crate::hub::Written;
+use crate::{rows, schema};
+
+/// How much is kept.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kept {
+    pub(crate) changes: u64,
+    pub(crate) events: u64,
+    pub(crate) events_age: Duration,
+}
+
+/// Whether new keys are taken in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Room {
+    Ample,
+    /// The ballast is spent: what is there may be changed and deleted, nothing is added.
+    DeletesOnly,
+}
+
+/// A batch on its way. Thrown away with the transaction when a member fails.
+pub(crate) struct Batch<'a> {
+    conn: &'a Connection,
+    room: Room,
+    pub(crate) revision: u64,
+    pub(crate) changes_floor: u64,
+    pub(crate) events_floor: u64,
+    pub(crate) changes: Vec<Change>,
+    pub(crate) events: Vec<Written>,
+}
+
+impl<'a> Batch<'a> {
+    /// Counters are read from the file each time: whoever else wrote it, they are never used twice.
+    pub(crate) fn begin(conn: &'a Connection, room: Room) -> Result<Self> {
+        Ok(Self {
+            conn,
+            room,
+            revision: from_sql(schema::meta(conn, "revision")?)?,
+            changes_floor: from_sql(schema::meta(conn, "changes_floor")?)?,
+            events_floor: from_sql(schema::meta(conn, "events_floor")?)?,
+            changes: Vec::new(),
+            events: Vec::new(),
+        })
+    }
+
+    pub(crate) fn txn(&mut self, txn: &Txn) -> Result<TxnOutcome> {
+        for Guard { key, expect } in &txn.guards {
+            let found = rows::find(self.conn, key)?.map(|row| row.revision);
+            let holds = match expect {
+                Expect::Absent => found.is_none(),
+                Expect::Revision(revision) => found == Some(*revision),
+            };
+            if !holds {
+                return Ok(TxnOutcome::Conflict { key: key.clone(), found });
+            }
+        }
+        if txn.ops.is_empty() {
+            return Ok(TxnOutcome::Committed(Revision(self.revision)));
+        }
+        self.revision += 1;
+        for (seq, op) in (0..).zip(&txn.ops) {
+            match op {
+                Op::Put { key, value } => self.put(seq, key, value)?,
+                Op::Delete { key } => self.delete(seq, key)?,
+            }
+        }
+        Ok(TxnOutcome::Committed(Revision(self.revision)))
+    }
+
+    fn put(&mut self, seq: i64, key: &str, value: &[u8]) -> Result<()> {
+        let what = || format!("state store: writing {key}");
+        let text = std::str::from_utf8(value)
+            .map_err(|error| Error::new(Kind::InvalidArgument, what()).because(error))?;
+        let revision = to_sql(self.revision)?;
+        let done = match rows::find(self.conn, key)? {
+            Some(row) => self
+                .conn
+                .prepare_cached("UPDATE kv SET revision = ?2, value = ?3 WHERE id = ?1")
+                .and_then(|mut statement| statement.execute((row.id, revision, text))),
+            None if self.room == Room::DeletesOnly => return Err(no_room(key)),
+            None => self
+                .conn
+                .prepare_cached("INSERT INTO kv (key, revision, value) VALUES (?1, ?2, ?3)")
+                .and_then(|mut statement| statement.execute((key, revision, text))),
+        };
+        done.map_err(|error| sql(what(), error))?;
+        self.log_change(seq, key, Some(text)).map_err(|error| sql(what(), error))
+    }
+
+    fn delete(&mut self, seq: i64, key: &str) -> Result<()> {
+        let what = || format!("state store: deleting {key}");
+        let Some(row) = rows::find(self.conn, key)? else { return Ok(()) };
+        self.conn
+            .prepare_cached("DELETE FROM kv WHERE id = ?1")
+            .and_then(|mut statement| statement.execute([row.id]))
+            .map_err(|error| sql(what(), error))?;
+        self.log_change(seq, key, None).map_err(|error| sql(what(), error))
+    }
+
+    fn log_change(&mut self, seq: i64, key: &str, value: Option<&str>) -> rusqlite::Result<()> {
+        let revision = Revision(self.revision);
+        self.conn
+            .prepare_cached("INSERT INTO changes (revision, seq, key, value) VALUES (?1, ?2, ?3, ?4)")?
+            .execute((self.revision.cast_signed(), seq, key, value))?;
+        self.changes.push(Change { key: key.to_owned(), value: value.map(|text| text.as_bytes().to_vec()), revision });
+        Ok(())
+    }
+
+    /// Those that are already there are left as they are.
+    pub(crate) fn append(&mut self, events: &[Event]) -> Result<()> {
+        if self.room == Room::DeletesOnly && !events.is_empty() {
+            tracing::warn!(count = events.len(), "events dropped: the disk is full");
+            return Ok(());
+        }
+        for event in events {
+            let what = || format!("event log: writing {} of VM {}", event.kind, event.vm);
+            let body = serde_json::to_string(event)
+                .map_err(|error| Error::new(Kind::Internal, what()).because(error))?;
+            let row = (to_sql(event.id.0)?, event.vm.as_str(), &event.kind, to_sql(event.time.0)?, body);
+            let added = self
+                .conn
+                .prepare_cached("INSERT OR IGNORE INTO events (id, vm, kind, time, body) VALUES (?1, ?2, ?3, ?4, ?5)")
+                .and_then(|mut statement| statement.execute(row))
+                .map_err(|error| sql(what(), error))?;
+            if added == 1 {
+                self.events.push((from_sql(self.conn.last_insert_rowid())?, event.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops what is beyond `kept` and writes the counters down.
+    pub(crate) fn finish(&mut self, kept: &Kept) -> Result<()> {
+        self.trim_events(kept)?;
+        let write = |error| sql("state store: writing its counters", error);
+        // Not at every commit: a quarter more than is kept is the price of trimming a quarter at a time.
+        if self.revision - self.changes_floor >= kept.changes + kept.changes / 4 + 1 {
+            self.changes_floor = self.revision.saturating_sub(kept.changes);
+            let floor = to_sql(self.changes_floor)?;
+            self.conn.execute("DELETE FROM changes WHERE revision <= ?1", [floor]).map_err(write)?;
+            schema::set_meta(self.conn, "changes_floor", floor).map_err(write)?;
+        }
+        schema::set_meta(self.conn, "revision", to_sql(self.revision)?).map_err(write)
+    }
+
+    fn trim_events(&mut self, kept: &Kept) -> Result<()> {
+        let Some((last, newest)) = self.events.last() else { return Ok(()) };
+        let write = |error| sql("event log: dropping old events", error);
+        let oldest: Option<(i64, i64)> = self
+            .conn
+            .prepare_cached("SELECT seq, time FROM events ORDER BY seq LIMIT 1")
+            .and_then(|mut statement| statement.query_row([], |row| Ok((row.get(0)?, row.get(1)?))).optional())
+            .map_err(write)?;
+        let Some((oldest, time)) = oldest else { return Ok(()) };
+        // Measured against the newest event, so that the log needs no clock.
+        let too_old = Timestamp(newest.time.0.saturating_sub(Timestamp(0).after(kept.events_age).0));
+        let too_many = last.saturating_sub(kept.events);
+        let over = too_many.saturating_sub(from_sql(oldest)?) > kept.events / 8;
+        if from_sql(time)? >= too_old.0 && !over {
+            return Ok(());
+        }
+        let sql_text = "DELETE FROM events WHERE seq <= ?1 OR (time < ?2 AND seq < ?3) RETURNING id";
+        let gone: Option<i64> = self
+            .conn
+            .prepare_cached(sql_text)
+            .and_then(|mut statement| {
+                let ids = statement.query_map((to_sql(too_many).unwrap_or(0), to_sql(too_old.0).unwrap_or(0), last.cast_signed()), |row| row.get(0))?;
+                ids.collect::<rusqlite::Result<Vec<i64>>>()
+            })
+            .map_err(write)?
+            .into_iter()
+            .max();
+        if let Some(id) = gone {
+            self.events_floor = self.events_floor.max(from_sql(id)?);
+            schema::set_meta(self.conn, "events_floor", to_sql(self.events_floor)?).map_err(write)?;
+        }
+        Ok(())
+    }
+}
+
+fn no_room(key: &str) -> Error {
+    Error::new(Kind::Exhausted, format!("state store: adding {key}: the disk is full"))
+        .hint("free some space on the state directory's filesystem, or delete VMs")
+}

@@ -1,0 +1,97 @@
+//! A state directory that can be opened and closed.
+
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+use std::path::{Path, PathBuf};
+
+use clawpot_core::event::Event;
+use clawpot_core::ports::{Durability, Expect, Guard, Op, StateStore, Txn, TxnOutcome};
+use clawpot_store::{Options, SqliteStore, StateLock};
+use clawpot_types::{Incarnation, Revision, Timestamp, VmId};
+
+pub struct State {
+    dir: PathBuf,
+    store: Option<SqliteStore>,
+    lock: Option<StateLock>,
+    _home: Option<tempfile::TempDir>,
+}
+
+impl State {
+    pub fn new() -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let mut state = Self::in_dir(&home.path().join("state"));
+        state._home = Some(home);
+        state.open();
+        state
+    }
+
+    /// Not opened yet.
+    pub fn in_dir(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), store: None, lock: Some(StateLock::acquire(dir).unwrap()), _home: None }
+    }
+
+    pub fn dir(&self) -> PathBuf {
+        self.dir.clone()
+    }
+
+    pub fn lock(&self) -> &StateLock {
+        self.lock.as_ref().unwrap()
+    }
+
+    pub fn store(&self) -> &SqliteStore {
+        self.store.as_ref().unwrap()
+    }
+
+    pub fn open(&mut self) {
+        self.store = Some(SqliteStore::open(self.lock(), Options::default()).unwrap());
+    }
+
+    pub fn close(&mut self) {
+        self.store = None;
+    }
+
+    pub fn restart(&mut self) {
+        self.close();
+        self.open();
+    }
+
+    pub async fn commit(&self, ops: Vec<Op>) -> Revision {
+        match self.store().txn(txn(vec![], ops)).await.unwrap() {
+            TxnOutcome::Committed(revision) => revision,
+            conflict @ TxnOutcome::Conflict { .. } => panic!("{conflict:?}"),
+        }
+    }
+}
+
+pub fn put(key: &str, value: &str) -> Op {
+    Op::Put { key: key.to_owned(), value: value.as_bytes().to_vec() }
+}
+
+pub fn delete(key: &str) -> Op {
+    Op::Delete { key: key.to_owned() }
+}
+
+pub fn absent(key: &str) -> Guard {
+    Guard { key: key.to_owned(), expect: Expect::Absent }
+}
+
+pub fn at(key: &str, revision: Revision) -> Guard {
+    Guard { key: key.to_owned(), expect: Expect::Revision(revision) }
+}
+
+pub fn txn(guards: Vec<Guard>, ops: Vec<Op>) -> Txn {
+    Txn { guards, ops, durability: Durability::Normal }
+}
+
+pub fn event(id: u64) -> Event {
+    Event {
+        id: Revision(id),
+        time: Timestamp(1_800_000_000_000_000 + id),
+        vm: VmId::from_random([1; VmId::LEN]),
+        name: "web".parse().unwrap(),
+        incarnation: Incarnation(1),
+        kind: "vm.phase".to_owned(),
+        message: "running".to_owned(),
+        actor: "server".to_owned(),
+    }
+}

@@ -1,0 +1,280 @@
+//! One shared inventory of what exists on a host that is not there. The fakes of the ports change it; the test asks it
+//! what is left behind.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use clawpot_core::MachineId;
+use clawpot_types::{Digest, ExecId, MiB, Slot, VmId};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::faults::Faults;
+
+/// What a VMM does after it was started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Boot {
+    /// The guest answers after this long.
+    ReadyAfter(Duration),
+    /// The VMM lives and the guest never answers.
+    Silent,
+    /// The VMM ends by itself after this long, saying how.
+    Exits(Duration, String),
+}
+
+/// What a guest does when it is asked to shut down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shutdown {
+    After(Duration),
+    /// It says yes and stays.
+    Ignored,
+}
+
+#[derive(Debug)]
+pub struct FakeHost {
+    pub faults: Arc<Faults>,
+    inventory: Mutex<Inventory>,
+    /// Bumped at every change that somebody may wait for.
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inventory {
+    pub(crate) boot_id: String,
+    pub(crate) boot: Boot,
+    pub(crate) shutdown: Shutdown,
+    pub(crate) slot_count: u32,
+    /// By name; whether its files were verified since the host's start.
+    pub(crate) images: BTreeMap<String, (Digest, bool)>,
+    pub(crate) disks: BTreeMap<VmId, Disk>,
+    /// Slots with a netns, tap and rules.
+    pub(crate) slots: BTreeSet<Slot>,
+    pub(crate) machines: BTreeMap<MachineId, FakeMachine>,
+    pub(crate) consoles: BTreeMap<VmId, Vec<String>>,
+    pub(crate) violations: Vec<String>,
+    pub(crate) disks_made: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Disk {
+    pub(crate) size: MiB,
+    /// Tells one disk from another at the same place.
+    pub(crate) serial: u64,
+}
+
+/// Jail and cgroup, and the process in them.
+#[derive(Debug)]
+pub(crate) struct FakeMachine {
+    pub(crate) slot: Slot,
+    pub(crate) process: FakeProcess,
+    pub(crate) execs: BTreeMap<ExecId, FakeExec>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum FakeProcess {
+    NotStarted,
+    Lives {
+        ready_at: Option<Instant>,
+        /// When it will end by itself, and how.
+        ends: Option<(Instant, String)>,
+    },
+    Exited(String),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct FakeExec {
+    pub(crate) output: Vec<u8>,
+    pub(crate) ends_at: Option<Instant>,
+    pub(crate) end: clawpot_core::exec::ExecEnd,
+    pub(crate) killed: bool,
+}
+
+impl FakeHost {
+    /// With the image "debian" and `slot_count` slots; guests answer after 100 ms and shut down within 50 ms.
+    #[must_use]
+    pub fn new(faults: Arc<Faults>, slot_count: u32) -> Arc<Self> {
+        let inventory = Inventory {
+            boot_id: "boot-1".to_owned(),
+            boot: Boot::ReadyAfter(Duration::from_millis(100)),
+            shutdown: Shutdown::After(Duration::from_millis(50)),
+            slot_count,
+            images: BTreeMap::from([("debian".to_owned(), (Digest::from_sha256(&[0xde; 32]), false))]),
+            disks: BTreeMap::new(),
+            slots: BTreeSet::new(),
+            machines: BTreeMap::new(),
+            consoles: BTreeMap::new(),
+            violations: Vec::new(),
+            disks_made: 0,
+        };
+        Arc::new(Self { faults, inventory: Mutex::new(inventory), changed: watch::Sender::new(0) })
+    }
+
+    /// How guests started from now on behave.
+    pub fn set_boot(&self, boot: Boot) {
+        self.lock().boot = boot;
+    }
+
+    pub fn set_shutdown(&self, shutdown: Shutdown) {
+        self.lock().shutdown = shutdown;
+    }
+
+    #[must_use]
+    pub fn boot_id(&self) -> String {
+        self.lock().boot_id.clone()
+    }
+
+    /// Processes, cgroups and network are gone; files stay.
+    pub fn reboot(&self) {
+        self.change(|inventory| {
+            let count: u64 = inventory.boot_id.trim_start_matches("boot-").parse().unwrap_or(0);
+            inventory.boot_id = format!("boot-{}", count + 1);
+            inventory.slots.clear();
+            inventory.images.values_mut().for_each(|(_, verified)| *verified = false);
+            for machine in inventory.machines.values_mut() {
+                if machine.process != FakeProcess::NotStarted {
+                    machine.process = FakeProcess::Exited("the host was restarted".to_owned());
+                }
+            }
+        });
+    }
+
+    /// Every VMM of `vm` dies; whether there was one.
+    pub fn kill_vmm(&self, vm: &VmId) -> bool {
+        self.change(|inventory| {
+            let mut killed = false;
+            for (id, machine) in &mut inventory.machines {
+                if id.vm == *vm && matches!(machine.process, FakeProcess::Lives { .. }) {
+                    machine.process = FakeProcess::Exited("killed by signal 9".to_owned());
+                    killed = true;
+                }
+            }
+            killed
+        })
+    }
+
+    /// The guest of a living VM no longer answers.
+    pub fn silence_guest(&self, vm: &VmId) {
+        self.change(|inventory| {
+            for (id, machine) in &mut inventory.machines {
+                if let FakeProcess::Lives { ready_at, .. } = &mut machine.process
+                    && id.vm == *vm
+                {
+                    *ready_at = None;
+                }
+            }
+        });
+    }
+
+    /// Removes the VM's disk behind everyone's back.
+    pub fn lose_disk(&self, vm: &VmId) {
+        self.change(|inventory| inventory.disks.remove(vm));
+    }
+
+    /// Tells the VM's disk from any other that was ever made; `None`: it has none.
+    #[must_use]
+    pub fn disk_serial(&self, vm: &VmId) -> Option<u64> {
+        self.lock().disks.get(vm).map(|disk| disk.serial)
+    }
+
+    /// Machines whose VMM lives.
+    #[must_use]
+    pub fn living(&self) -> Vec<MachineId> {
+        let inventory = self.lock();
+        let lives = |machine: &FakeMachine| matches!(machine.process, FakeProcess::Lives { .. });
+        inventory.machines.iter().filter(|(_, machine)| lives(machine)).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Everything that exists for some VM, one line each. Empty after the last VM was deleted, or something leaks.
+    #[must_use]
+    pub fn left_behind(&self) -> Vec<String> {
+        let inventory = self.lock();
+        let mut left = Vec::new();
+        for (id, machine) in &inventory.machines {
+            if matches!(machine.process, FakeProcess::Lives { .. }) {
+                left.push(format!("process of {id}"));
+            }
+            left.push(format!("jail and cgroup of {id}"));
+        }
+        left.extend(inventory.slots.iter().map(|slot| format!("netns, tap and rules of slot {slot}")));
+        left.extend(inventory.disks.keys().map(|vm| format!("disk of {vm}")));
+        left.extend(inventory.consoles.keys().map(|vm| format!("console log of {vm}")));
+        left
+    }
+
+    /// Calls that broke a port's contract: out of order, or on something still in use. Empty, or the caller is wrong.
+    #[must_use]
+    pub fn violations(&self) -> Vec<String> {
+        self.lock().violations.clone()
+    }
+
+    /// The inventory as it is now: what was to end by itself has ended.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Inventory> {
+        let mut inventory = self.inventory.lock().unwrap_or_else(PoisonError::into_inner);
+        inventory.settle(Instant::now());
+        inventory
+    }
+
+    pub(crate) fn change<T>(&self, work: impl FnOnce(&mut Inventory) -> T) -> T {
+        let result = work(&mut self.lock());
+        self.changed.send_modify(|count| *count += 1);
+        result
+    }
+
+    /// Returns when `look` finds something, which it is asked after every change and when a process ends by itself.
+    pub(crate) async fn wait_for<T>(&self, mut look: impl FnMut(&Inventory) -> Option<T> + Send) -> T {
+        let mut changed = self.changed.subscribe();
+        loop {
+            let next_end = {
+                let inventory = self.lock();
+                if let Some(found) = look(&inventory) {
+                    return found;
+                }
+                inventory.next_end()
+            };
+            match next_end {
+                Some(at) => {
+                    // A timeout is as good a reason to look again as a change.
+                    let _woken = tokio::time::timeout_at(at, changed.changed()).await.is_ok();
+                }
+                None if changed.changed().await.is_err() => std::future::pending::<()>().await,
+                None => {}
+            }
+        }
+    }
+}
+
+impl Inventory {
+    pub(crate) fn violation(&mut self, what: String) {
+        self.violations.push(what);
+    }
+
+    fn settle(&mut self, now: Instant) {
+        for (id, machine) in &mut self.machines {
+            if let FakeProcess::Lives { ends: Some((at, how)), .. } = &machine.process
+                && *at <= now
+            {
+                self.consoles.entry(id.vm.clone()).or_default().push(format!("[fake] the VMM ended: {how}"));
+                machine.process = FakeProcess::Exited(how.clone());
+            }
+        }
+    }
+
+    /// The next moment at which something happens by itself.
+    fn next_end(&self) -> Option<Instant> {
+        let processes = self.machines.values().filter_map(|machine| match &machine.process {
+            FakeProcess::Lives { ends: Some((at, _)), .. } => Some(*at),
+            _ => None,
+        });
+        let now = Instant::now();
+        let execs = self.machines.values().flat_map(|machine| machine.execs.values());
+        processes.chain(execs.filter_map(|exec| exec.ends_at).filter(|at| *at > now)).min()
+    }
+
+    /// Whether a process lives in the slot.
+    pub(crate) fn slot_is_busy(&self, slot: Slot) -> bool {
+        self.machines
+            .values()
+            .any(|machine| machine.slot == slot && matches!(machine.process, FakeProcess::Lives { .. }))
+    }
+}

@@ -1,0 +1,108 @@
+//! `Images` over the fake host.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use clawpot_core::ImagePin;
+use clawpot_core::ports::{BootFiles, ImageInfo, Images, UnreadableImage};
+use clawpot_types::{Digest, Error, ImageRef, Kind, MiB, Result, VmId};
+
+use crate::faults::Method;
+use crate::host::{Disk, FakeHost, FakeProcess};
+
+#[derive(Debug)]
+pub struct FakeImages(pub Arc<FakeHost>);
+
+#[async_trait]
+impl Images for FakeImages {
+    async fn resolve(&self, image: &ImageRef) -> Result<ImagePin> {
+        let work = || {
+            let inventory = self.0.lock();
+            let found = match image {
+                ImageRef::Name(name) => inventory.images.get(name).map(|(digest, _)| digest),
+                ImageRef::Digest(digest) => inventory.images.values().map(|(known, _)| known).find(|d| *d == digest),
+            };
+            let names: Vec<&str> = inventory.images.keys().map(String::as_str).collect();
+            found.map(|digest| ImagePin { digest: digest.clone() }).ok_or_else(|| {
+                let hint = format!("images here: {}", names.join(", "));
+                Error::new(Kind::NotFound, format!("image {image}: not here")).hint(hint)
+            })
+        };
+        self.0.faults.call(Method::ImagesResolve, work).await
+    }
+
+    async fn look(&self, pin: &ImagePin) -> Result<Option<()>> {
+        let work = || {
+            let inventory = self.0.lock();
+            Ok(inventory.images.values().any(|(digest, verified)| *digest == pin.digest && *verified).then_some(()))
+        };
+        self.0.faults.call(Method::ImagesLook, work).await
+    }
+
+    async fn ensure(&self, pin: &ImagePin) -> Result<BootFiles> {
+        let work = || {
+            self.0.change(|inventory| {
+                let image = inventory.images.values_mut().find(|(digest, _)| *digest == pin.digest);
+                let Some((_, verified)) = image else {
+                    return Err(Error::new(Kind::NotFound, format!("image {}: gone", pin.digest)));
+                };
+                *verified = true;
+                Ok(BootFiles {
+                    kernel: "/fake/kernel".into(),
+                    kernel_digest: Digest::from_sha256(&[0xce; 32]),
+                    initramfs: "/fake/initramfs".into(),
+                    rootfs: "/fake/rootfs".into(),
+                })
+            })
+        };
+        self.0.faults.call(Method::ImagesEnsure, work).await
+    }
+
+    async fn list(&self) -> Result<(Vec<ImageInfo>, Vec<UnreadableImage>)> {
+        let inventory = self.0.lock();
+        let info = |(name, (digest, _)): (&String, &(Digest, bool))| ImageInfo {
+            name: name.clone(),
+            digest: digest.clone(),
+            size_bytes: 1 << 20,
+            created_at: crate::time::START,
+            format: "ext4".to_owned(),
+        };
+        Ok((inventory.images.iter().map(info).collect(), Vec::new()))
+    }
+
+    fn disk_path(&self, vm: &VmId) -> PathBuf {
+        format!("/fake/disks/{vm}").into()
+    }
+
+    async fn look_disk(&self, vm: &VmId) -> Result<Option<()>> {
+        let work = || Ok(self.0.lock().disks.contains_key(vm).then_some(()));
+        self.0.faults.call(Method::ImagesLookDisk, work).await
+    }
+
+    async fn create_disk(&self, vm: &VmId, size: MiB) -> Result<PathBuf> {
+        let work = || {
+            self.0.change(|inventory| {
+                inventory.disks_made += 1;
+                let serial = inventory.disks_made;
+                inventory.disks.entry(vm.clone()).or_insert(Disk { size, serial });
+            });
+            Ok(self.disk_path(vm))
+        };
+        self.0.faults.call(Method::ImagesCreateDisk, work).await
+    }
+
+    async fn remove_disk(&self, vm: &VmId) -> Result<()> {
+        let work = || {
+            self.0.change(|inventory| {
+                let lives = |process: &FakeProcess| matches!(process, FakeProcess::Lives { .. });
+                if inventory.machines.iter().any(|(id, machine)| id.vm == *vm && lives(&machine.process)) {
+                    inventory.violation(format!("the disk of {vm} was removed under its living VMM"));
+                }
+                inventory.disks.remove(vm);
+            });
+            Ok(())
+        };
+        self.0.faults.call(Method::ImagesRemoveDisk, work).await
+    }
+}

@@ -1,0 +1,232 @@
+//! `Vmm` and `Console` over the fake host.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use clawpot_core::ports::{BoxStream, Capabilities, Console, GuestEndpoint, Machine, Seat, Vmm};
+use clawpot_core::{Fact, MachineId, VmmFact, VmmKind};
+use clawpot_types::{Error, Kind, Result, VmId};
+use futures_util::StreamExt as _;
+use tokio::time::Instant;
+
+use crate::faults::Method;
+use crate::host::{Boot, FakeHost, FakeMachine, FakeProcess, Inventory};
+
+/// One per "daemon": what is attached is lost with it.
+#[derive(Debug)]
+pub struct FakeVmm {
+    host: Arc<FakeHost>,
+    attached: Mutex<BTreeSet<MachineId>>,
+}
+
+impl FakeVmm {
+    #[must_use]
+    pub fn new(host: Arc<FakeHost>) -> Self {
+        Self { host, attached: Mutex::default() }
+    }
+
+    fn attached(&self) -> std::sync::MutexGuard<'_, BTreeSet<MachineId>> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where the fake guest of a machine is reached.
+pub(crate) fn endpoint(id: &MachineId) -> GuestEndpoint {
+    GuestEndpoint::Vsock(format!("/fake/machines/{id}/v.sock").into())
+}
+
+#[async_trait]
+impl Vmm for FakeVmm {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { kind: VmmKind::Qemu, version: "fake".to_owned(), snapshots: false }
+    }
+
+    async fn prepare(&self, machine: &Machine) -> Result<()> {
+        let work = || self.host.change(|inventory| prepare(inventory, machine));
+        self.host.faults.call(Method::VmmPrepare, work).await
+    }
+
+    async fn start(&self, machine: &Machine) -> Result<()> {
+        let work = || self.host.change(|inventory| start(inventory, &machine.id));
+        self.host.faults.call(Method::VmmStart, work).await
+    }
+
+    async fn attach(&self, id: &MachineId, _seat: &Seat) -> Result<GuestEndpoint> {
+        let work = || {
+            let lives = matches!(self.host.lock().machines.get(id).map(|m| &m.process), Some(FakeProcess::Lives { .. }));
+            if !lives {
+                return Err(Error::new(Kind::NotFound, format!("machine {id}: no process to attach to")));
+            }
+            self.attached().insert(id.clone());
+            Ok(endpoint(id))
+        };
+        self.host.faults.call(Method::VmmAttach, work).await
+    }
+
+    async fn inspect(&self, id: &MachineId) -> Fact<VmmFact> {
+        let work = || {
+            Ok(self.host.lock().machines.get(id).map(|machine| match &machine.process {
+                FakeProcess::NotStarted => VmmFact::Prepared,
+                FakeProcess::Lives { .. } => VmmFact::Running { attached: self.attached().contains(id) },
+                FakeProcess::Exited(how) => VmmFact::Exited { how: how.clone() },
+            }))
+        };
+        Fact::from_look(self.host.faults.call(Method::VmmInspect, work).await)
+    }
+
+    async fn exited(&self, id: &MachineId) {
+        let lives = |inventory: &Inventory| {
+            matches!(inventory.machines.get(id).map(|machine| &machine.process), Some(FakeProcess::Lives { .. }))
+        };
+        self.host.wait_for(|inventory| (!lives(inventory)).then_some(())).await;
+    }
+
+    async fn stop(&self, id: &MachineId) -> Result<()> {
+        let work = || {
+            self.host.change(|inventory| {
+                if let Some(machine) = inventory.machines.get_mut(id)
+                    && matches!(machine.process, FakeProcess::Lives { .. })
+                {
+                    machine.process = FakeProcess::Exited("killed by signal 9".to_owned());
+                }
+            });
+            Ok(())
+        };
+        self.host.faults.call(Method::VmmStop, work).await
+    }
+
+    async fn destroy(&self, id: &MachineId) -> Result<()> {
+        let work = || {
+            self.host.change(|inventory| {
+                let process = inventory.machines.get(id).map(|machine| machine.process.clone());
+                if matches!(process, Some(FakeProcess::Lives { .. })) {
+                    inventory.violation(format!("machine {id} was destroyed while its VMM lived"));
+                    return Err(Error::new(Kind::FailedPrecondition, format!("machine {id}: its VMM lives")));
+                }
+                inventory.machines.remove(id);
+                Ok(())
+            })?;
+            self.attached().remove(id);
+            Ok(())
+        };
+        self.host.faults.call(Method::VmmDestroy, work).await
+    }
+
+    async fn list(&self) -> Result<Vec<MachineId>> {
+        let work = || Ok(self.host.lock().machines.keys().cloned().collect());
+        self.host.faults.call(Method::VmmList, work).await
+    }
+}
+
+fn prepare(inventory: &mut Inventory, machine: &Machine) -> Result<()> {
+    let id = &machine.id;
+    let slot = machine.seat.slot;
+    let mut missing = Vec::new();
+    if !inventory.disks.contains_key(&id.vm) {
+        missing.push("disk");
+    }
+    if !inventory.slots.contains(&slot) {
+        missing.push("network");
+    }
+    if !inventory.images.values().any(|(_, verified)| *verified) {
+        missing.push("verified image");
+    }
+    if !missing.is_empty() {
+        let what = format!("machine {id} was prepared without {}", missing.join(" and "));
+        inventory.violation(what.clone());
+        return Err(Error::new(Kind::FailedPrecondition, what));
+    }
+    let neighbour = inventory.machines.iter().find(|(other, held)| held.slot == slot && *other != id);
+    if let Some((other, _)) = neighbour {
+        let what = format!("machines {other} and {id} share slot {slot}");
+        inventory.violation(what);
+    }
+    let new = || FakeMachine { slot, process: FakeProcess::NotStarted, execs: BTreeMap::new() };
+    inventory.machines.entry(id.clone()).or_insert_with(new);
+    Ok(())
+}
+
+fn start(inventory: &mut Inventory, id: &MachineId) -> Result<()> {
+    let boot = inventory.boot.clone();
+    let now = Instant::now();
+    let refused = |what: String| Err(Error::new(Kind::FailedPrecondition, what));
+    let process = inventory.machines.get(id).map(|machine| machine.process.clone());
+    match process {
+        None => {
+            let what = format!("machine {id} was started without being prepared");
+            inventory.violation(what.clone());
+            return refused(what);
+        }
+        Some(FakeProcess::Exited(_)) => return refused(format!("machine {id}: it has run already")),
+        Some(FakeProcess::Lives { .. }) => return Ok(()),
+        Some(FakeProcess::NotStarted) => {}
+    }
+    let siblings = inventory.machines.iter().filter(|(other, _)| other.vm == id.vm && *other != id);
+    if siblings.into_iter().any(|(_, machine)| matches!(machine.process, FakeProcess::Lives { .. })) {
+        inventory.violation(format!("machine {id} was started beside another incarnation on the same disk"));
+    }
+    let (ready_at, ends) = match boot {
+        Boot::ReadyAfter(time) => (Some(now + time), None),
+        Boot::Silent => (None, None),
+        Boot::Exits(time, how) => (None, Some((now + time, how))),
+    };
+    inventory.consoles.entry(id.vm.clone()).or_default().push(format!("[fake] machine {id} boots"));
+    if let Some(machine) = inventory.machines.get_mut(id) {
+        machine.process = FakeProcess::Lives { ready_at, ends };
+    }
+    Ok(())
+}
+
+#[derive(Debug)]
+pub struct FakeConsole(pub Arc<FakeHost>);
+
+impl FakeConsole {
+    fn lines(&self, vm: &VmId) -> Vec<String> {
+        self.0.lock().consoles.get(vm).cloned().unwrap_or_default()
+    }
+}
+
+#[async_trait]
+impl Console for FakeConsole {
+    async fn tail(&self, vm: &VmId, lines: usize) -> Result<Vec<String>> {
+        let work = || {
+            let all = self.lines(vm);
+            Ok(all[all.len().saturating_sub(lines)..].to_vec())
+        };
+        self.0.faults.call(Method::ConsoleTail, work).await
+    }
+
+    async fn read(&self, vm: &VmId, lines: usize, follow: bool) -> Result<BoxStream<Result<Bytes>>> {
+        let work = || {
+            let all = self.lines(vm);
+            Ok(if lines == 0 { 0 } else { all.len().saturating_sub(lines) })
+        };
+        let first = self.0.faults.call(Method::ConsoleRead, work).await?;
+        let (host, vm) = (Arc::clone(&self.0), vm.clone());
+        let stream = futures_util::stream::unfold(first, move |next| {
+            let (host, vm) = (Arc::clone(&host), vm.clone());
+            async move {
+                let line = |inventory: &Inventory| inventory.consoles.get(&vm).and_then(|all| all.get(next)).cloned();
+                let found = line(&host.lock());
+                let found = if found.is_none() && follow { Some(host.wait_for(line).await) } else { found };
+                found.map(|line| (Ok(Bytes::from(line + "\n")), next + 1))
+            }
+        });
+        Ok(stream.boxed())
+    }
+
+    async fn look(&self, vm: &VmId) -> Result<Option<()>> {
+        let work = || Ok(self.0.lock().consoles.contains_key(vm).then_some(()));
+        self.0.faults.call(Method::ConsoleLook, work).await
+    }
+
+    async fn erase(&self, vm: &VmId) -> Result<()> {
+        let work = || {
+            self.0.change(|inventory| inventory.consoles.remove(vm));
+            Ok(())
+        };
+        self.0.faults.call(Method::ConsoleErase, work).await
+    }
+}
