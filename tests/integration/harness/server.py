@@ -1,0 +1,177 @@
+"""One clawpot-server in the world's host."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+from .cli import Cli, binaries
+from .leaks import Traces
+from .tools import REPO, run, until
+from .world import World
+
+ASSETS = Path(os.environ.get("CLAWPOT_IMAGE_DIR", REPO / "assets"))
+BLOCKS = Path("/run/clawpot/blocks")
+#: A Unix socket's path has at most 108 bytes.
+LONGEST_SOCKET = 100
+
+
+class Server:
+    """Its own state directory, which is on the same filesystem as the images."""
+
+    def __init__(self, world: World, state_dir: Path, *options: object, image_dir: Path = ASSETS) -> None:
+        self.world = world
+        self.state_dir = state_dir
+        self.options = list(options)
+        self.image_dir = image_dir
+        state_dir.mkdir(parents=True, exist_ok=True)
+        self.socket = state_dir / "api.sock"
+        self.metrics_socket = state_dir / "metrics.sock"
+        if len(str(self.metrics_socket)) > LONGEST_SOCKET:
+            raise RuntimeError(f"{self.metrics_socket}: too long for a socket; set CLAWPOT_TEST_DIR to a shorter path")
+        self.log = state_dir.with_suffix(".log")
+        self.process: subprocess.Popen[bytes] | None = None
+        self.cli = Cli(self.socket)
+        self.traces = Traces(state_dir, world.host)
+
+    def command(self, *more: object) -> list[str]:
+        words = [binaries() / "clawpot-server", "--state-dir", self.state_dir, "--image-dir", self.image_dir]
+        words += ["--socket", self.socket, "--metrics-socket", self.metrics_socket, *self.options, *more]
+        return [str(word) for word in words]
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("CLAWPOT_")}
+        return {**kept, "NO_COLOR": "1", "RUST_BACKTRACE": "1", "RUST_LOG": os.environ.get("RUST_LOG", "info")}
+
+    def start(self, *more: object, before: tuple[str, ...] = ()) -> "Server":
+        """Returns when it answers. `before`: words before the command, such as `setpriv …`."""
+        assert self.process is None, "already started"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.world.enter(), *before, *self.command(*more)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment(),
+            )
+        until(self._answers, seconds=30, what="the server's answer")
+        return self
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"the server ended with {self.process.returncode}:\n{self.tail()}")
+        return self.socket.exists() and self.cli("host").code == 0
+
+    def refuses(self, *more: object, before: tuple[str, ...] = (), seconds: float = 30) -> subprocess.CompletedProcess[str]:
+        """A start that must fail by itself."""
+        words = [*self.world.enter(), *before, *self.command(*more)]
+        return subprocess.run(
+            words, capture_output=True, text=True, timeout=seconds, env=self.environment(), check=False, stdin=subprocess.DEVNULL
+        )
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None, "not started"
+        return self.process.pid
+
+    def kill9(self) -> None:
+        self._end(signal.SIGKILL, 10)
+
+    def stop(self, seconds: float = 60) -> int:
+        """Asks it to go; VMs stay. Its exit code."""
+        return self._end(signal.SIGTERM, seconds)
+
+    def _end(self, number: signal.Signals, seconds: float) -> int:
+        assert self.process is not None, "not started"
+        self.process.send_signal(number)
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+            raise AssertionError(f"the server did not end within {seconds:g} s of {number.name}:\n{self.tail()}") from None
+        self.process = None
+        return code
+
+    def tail(self, lines: int = 40) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return ""
+
+    def settle(self, before: Counter[str], seconds: float = 15) -> Counter[str]:
+        """What there is beyond `before`, once that is nothing or time is up: the end of a netns takes the kernel a moment."""
+        deadline = time.monotonic() + seconds
+        while (left := self.traces.now() - before) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
+    def vmm_pids(self, vm_id: str) -> list[int]:
+        """Processes in the VM's cgroup."""
+        groups = [path for path in self.traces.cgroups() if vm_id in str(path) and (path / "cgroup.events").exists()]
+        return [int(line) for path in groups for line in (path / "cgroup.procs").read_text().split()]
+
+    def close(self) -> list[str]:
+        """Deletes every VM, ends the server, and sweeps. Returns what had to be swept away by force."""
+        with contextlib.suppress(Exception):
+            self._empty()
+        if self.process is not None:
+            with contextlib.suppress(AssertionError):
+                self.stop()
+        return self.sweep()
+
+    def _empty(self) -> None:
+        if self.process is None:
+            self.start()
+        for vm in self.cli.ls():
+            self.cli("rm", "--force", vm["id"])
+
+    def sweep(self) -> list[str]:
+        """Removes all that is left of the server, whatever it is, and tells what VMs should not have left."""
+        traces = self.traces
+        left = [f"process {pid} {name}" for pid, name in traces.processes() if name != "clawpot-edge"]
+        for pid, _ in traces.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        until(lambda: not traces.processes(), what="the end of the server's processes")
+        if traces.instance:
+            left += self._sweep_names(traces)
+        for point in reversed(sorted(p for p in _mounts(self.state_dir))):
+            left.append(f"mount {point}")
+            run("umount", "-l", point, check=False)
+        self._release_block()
+        shutil.rmtree(self.state_dir, ignore_errors=True)
+        return left
+
+    def _sweep_names(self, traces: Traces) -> list[str]:
+        left = []
+        for name in traces.netns_names():
+            run("ip", "netns", "del", name, check=False)
+        for name in traces.links():
+            run("ip", "-n", self.world.host, "link", "del", name, check=False)
+        for path in sorted(traces.cgroups(), key=lambda path: -len(path.parts)):
+            left.append(f"cgroup {path}")
+        for path in sorted({*traces.cgroups(), *(path.parent for path in traces.cgroups())}, key=lambda p: -len(p.parts)):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        return left
+
+    def _release_block(self) -> None:
+        """The claim of a server that is never started again."""
+        if not BLOCKS.exists():
+            return
+        for claim in BLOCKS.iterdir():
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                if claim.is_file() and str(self.state_dir) in claim.read_text(encoding="utf-8"):
+                    claim.unlink()
+
+
+def _mounts(prefix: Path) -> list[str]:
+    from .tools import children_of_mount
+
+    return children_of_mount(prefix)
