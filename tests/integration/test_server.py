@@ -115,7 +115,7 @@ def test_a_record_that_cannot_be_read_is_quarantined(second: Server, vm: str) ->
     vm_id = second.cli.inspect(vm)["id"]
     disk = next(second.state_dir.glob(f"disks/{vm_id}*"))
     second.stop()
-    _edit(second, "UPDATE kv SET value = '{\"version\": 1, \"id\": 7' WHERE key = ?", f"vms/{vm_id}")
+    _edit(second, 'UPDATE kv SET value = \'{"version": 1, "id": 7\' WHERE key = ?', f"vms/{vm_id}")
     second.start()
     (shown,) = second.cli.ls()
     assert (shown["id"], shown["phase"]) == (vm_id, "quarantined")

@@ -52,9 +52,7 @@ class Api:
         self._channel.close()
 
     def _ask(self, **request: str) -> Any:
-        ask = self._channel.stream_stream(
-            REFLECTION, self._request.SerializeToString, self._response.FromString
-        )
+        ask = self._channel.stream_stream(REFLECTION, self._request.SerializeToString, self._response.FromString)
         return next(iter(ask(iter([self._request(**request)]), timeout=10)))
 
     def services(self) -> list[str]:

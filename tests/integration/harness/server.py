@@ -71,7 +71,13 @@ class Server:
         """A start that must fail by itself."""
         words = [*self.world.enter(), *before, *self.command(*more)]
         return subprocess.run(
-            words, capture_output=True, text=True, timeout=seconds, env=self.environment(), check=False, stdin=subprocess.DEVNULL
+            words,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            env=self.environment(),
+            check=False,
+            stdin=subprocess.DEVNULL,
         )
 
     @property
