@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from harness.api import Api
 from harness.server import Server
 from harness.tools import until
 
@@ -122,8 +123,6 @@ def test_no_such_directory_or_user(server: Server, vm: str) -> None:
 
 # Arguments that this machine's kernel would refuse, too, cannot be given to the command line: they go through the API.
 def _exec_through_the_api(server: Server, vm: str, argv: list[bytes]) -> list[object]:
-    from harness.api import Api
-
     start = {"vm": vm, "exec_id": hashlib.sha256(repr(time.time()).encode()).hexdigest()[:16], "argv": argv}
     with Api(server.socket) as api:
         return list(api.stream("VmService", "Exec", iter([{"start": start}])))

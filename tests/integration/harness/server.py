@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .cli import Cli, binaries
 from .leaks import Traces
-from .tools import REPO, run, until
+from .tools import REPO, children_of_mount, run, until
 from .world import World
 
 ASSETS = Path(os.environ.get("CLAWPOT_IMAGE_DIR", REPO / "assets"))
@@ -70,15 +70,8 @@ class Server:
     def refuses(self, *more: object, before: tuple[str, ...] = (), seconds: float = 30) -> subprocess.CompletedProcess[str]:
         """A start that must fail by itself."""
         words = [*self.world.enter(), *before, *self.command(*more)]
-        return subprocess.run(
-            words,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            env=self.environment(),
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        quiet = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
+        return subprocess.run(words, timeout=seconds, env=self.environment(), **quiet)
 
     @property
     def pid(self) -> int:
@@ -147,7 +140,7 @@ class Server:
         until(lambda: not traces.processes(), what="the end of the server's processes")
         if traces.instance:
             left += self._sweep_names(traces)
-        for point in reversed(sorted(p for p in _mounts(self.state_dir))):
+        for point in sorted(children_of_mount(self.state_dir), reverse=True):
             left.append(f"mount {point}")
             run("umount", "-l", point, check=False)
         self._release_block()
@@ -175,9 +168,3 @@ class Server:
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 if claim.is_file() and str(self.state_dir) in claim.read_text(encoding="utf-8"):
                     claim.unlink()
-
-
-def _mounts(prefix: Path) -> list[str]:
-    from .tools import children_of_mount
-
-    return children_of_mount(prefix)

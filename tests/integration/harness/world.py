@@ -57,6 +57,11 @@ class World:
     def run(self, *argv: object, netns: str | None = None, check: bool = True, stdin: str | None = None) -> str:
         return run(*self.enter(netns), *argv, check=check, stdin=stdin)
 
+    def get(self, url: str, netns: str | None = None) -> str:
+        """What a web server answers there; nothing when it does not within 3 s."""
+        script = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=3).read().decode(), end='')"
+        return self.run(sys.executable, "-c", script, url, netns=netns, check=False)
+
     def _wire(self) -> None:
         host, internet = self.host, self.internet
         for name in (host, internet):
