@@ -1,0 +1,152 @@
+//! The connection to the server, and what its failures mean.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clawpot_common::client;
+use clawpot_common::v1::event_service_client::EventServiceClient;
+use clawpot_common::v1::host_service_client::HostServiceClient;
+use clawpot_common::v1::image_service_client::ImageServiceClient;
+use clawpot_common::v1::vm_service_client::VmServiceClient;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+
+use crate::failure::Failure;
+
+/// How long a listing or a wait tries to reach a server that went away meanwhile.
+pub const RECONNECT: Duration = Duration::from_secs(60);
+
+/// A server that answered. The channel dials again by itself when the connection broke.
+#[derive(Clone, Debug)]
+pub struct Api {
+    channel: Channel,
+}
+
+impl Api {
+    pub async fn connect(socket: &Path) -> Result<Self, Failure> {
+        let channel = client::connect(socket).await.map_err(|error| unreachable(&error.socket, io_cause(&error)))?;
+        Ok(Self { channel })
+    }
+
+    pub fn vms(&self) -> VmServiceClient<Channel> {
+        VmServiceClient::new(self.channel.clone())
+    }
+
+    pub fn events(&self) -> EventServiceClient<Channel> {
+        EventServiceClient::new(self.channel.clone())
+    }
+
+    pub fn hosts(&self) -> HostServiceClient<Channel> {
+        HostServiceClient::new(self.channel.clone())
+    }
+
+    pub fn images(&self) -> ImageServiceClient<Channel> {
+        ImageServiceClient::new(self.channel.clone())
+    }
+}
+
+/// Whether the connection broke or the server is on its way down or up, rather than having answered the request.
+/// A status that the server sent has no source.
+pub fn is_lost(status: &Status) -> bool {
+    std::error::Error::source(status).is_some() || status.code() == Code::Unavailable
+}
+
+/// Growing pauses between attempts: 50 ms, doubled up to 1 s, until `limit` has passed since the first.
+#[derive(Debug)]
+pub struct Backoff {
+    next: Duration,
+    until: Instant,
+}
+
+impl Backoff {
+    pub fn new(limit: Duration) -> Self {
+        Self { next: Duration::from_millis(50), until: Instant::now() + limit }
+    }
+
+    /// The next pause, or `None` when it is time to give up.
+    pub fn pause(&mut self) -> Option<Duration> {
+        let pause = self.next;
+        self.next = (pause * 2).min(Duration::from_secs(1));
+        (Instant::now() + pause <= self.until).then_some(pause)
+    }
+
+    pub fn until(&self) -> Instant {
+        self.until
+    }
+}
+
+/// Calls until an answer comes, for requests that may be repeated. The pauses are those of [`Backoff`].
+pub async fn retrying<T, F>(doing: &str, mut call: impl FnMut() -> F) -> Result<T, Failure>
+where
+    F: Future<Output = Result<tonic::Response<T>, Status>>,
+{
+    let mut backoff = Backoff::new(RECONNECT);
+    loop {
+        let status = match call().await {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status) => status,
+        };
+        match backoff.pause().filter(|_| is_lost(&status)) {
+            Some(pause) => tokio::time::sleep(pause).await,
+            None => return Err(Failure::status(doing, &status)),
+        }
+    }
+}
+
+/// The innermost I/O error of a failed connection.
+fn io_cause(error: &client::Unreachable) -> Option<&io::Error> {
+    let mut found = None;
+    let mut next: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(error);
+    while let Some(cause) = next {
+        found = cause.downcast_ref::<io::Error>().or(found);
+        next = cause.source();
+    }
+    found
+}
+
+fn unreachable(socket: &Path, cause: Option<&io::Error>) -> Failure {
+    let failure = Failure::new(format!("server on {}: connecting", socket.display()));
+    let kind = cause.map(io::Error::kind);
+    let meta = std::fs::symlink_metadata(socket);
+    match (kind, meta) {
+        (Some(io::ErrorKind::PermissionDenied), meta) => {
+            let owner = meta.ok().map(|meta| group_name(meta.gid()));
+            failure.because("you may not open this socket").hint(permission_hint(owner.as_deref()))
+        }
+        (_, Err(error)) if error.kind() == io::ErrorKind::NotFound => {
+            failure.because("the socket does not exist: no server runs there").hint(START_HINT)
+        }
+        (_, Ok(meta)) if !meta.file_type().is_socket() => {
+            failure.because("this is not a socket").hint("give the server's socket with --socket or CLAWPOT_SOCKET")
+        }
+        (Some(io::ErrorKind::ConnectionRefused), Ok(_)) => {
+            failure.because("the socket exists but no server answers on it: it has stopped").hint(START_HINT)
+        }
+        _ => failure.because(cause.map_or_else(|| "no answer".to_owned(), ToString::to_string)).hint(START_HINT),
+    }
+}
+
+const START_HINT: &str = "start one with `sudo systemctl start clawpot` or `sudo clawpot-server --state-dir DIR`; if it \
+                          listens elsewhere, give --socket PATH or set CLAWPOT_SOCKET";
+
+fn permission_hint(group: Option<&str>) -> String {
+    match group {
+        Some(group) if group != "root" => {
+            format!("join its group: `sudo usermod -aG {group} $USER`, then log in again; or use sudo")
+        }
+        _ => "use sudo, or ask for the server's socket to belong to a group that you are in".to_owned(),
+    }
+}
+
+/// The group's name, or its number where it has none.
+fn group_name(gid: u32) -> String {
+    let groups = std::fs::read_to_string(PathBuf::from("/etc/group")).unwrap_or_default();
+    let name = groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(gid)).then(|| name.to_owned())
+    });
+    name.unwrap_or_else(|| gid.to_string())
+}

@@ -1,0 +1,75 @@
+//! What `run` and `create` say about the new VM.
+
+use clap::Args;
+use clawpot_common::v1::{CreateVmRequest, EnvVar, VmSpec};
+use clawpot_types::{ImageRef, Label, MiB, Vcpus, VmName};
+
+use super::{env, labels, size};
+use crate::failure::Failure;
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "The VM")]
+pub struct VmArgs {
+    /// Name of the VM, its hostname too [default: chosen by the server]
+    #[arg(long, value_name = "NAME", value_parser = |text: &str| said(text.parse::<VmName>()))]
+    name: Option<VmName>,
+    /// Label of the VM; may be repeated
+    #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = labels::label)]
+    labels: Vec<(Label, Label)>,
+    /// Virtual CPUs, 1 to 32 [default: the server's]
+    #[arg(long, value_name = "N", value_parser = vcpus)]
+    cpus: Option<Vcpus>,
+    /// Memory: MiB, or like 512M, 2G [default: the server's]
+    #[arg(long, value_name = "SIZE", value_parser = size::memory)]
+    memory: Option<MiB>,
+    /// Writable disk: MiB, or like 512M, 20G [default: the server's]
+    #[arg(long, value_name = "SIZE", value_parser = size::disk)]
+    disk: Option<MiB>,
+    /// Environment variable of every command in it, or its NAME alone to take the value from here; may be repeated
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = env::parser())]
+    env: Vec<EnvVar>,
+    /// Working directory of its commands
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// User of its commands: NAME, UID, NAME:GROUP or UID:GID
+    #[arg(short, long, value_name = "USER")]
+    user: Option<String>,
+}
+
+impl VmArgs {
+    /// The request to create it. `request_id` makes repeating it harmless.
+    pub fn request(&self, image: &ImageRef, request_id: String) -> Result<CreateVmRequest, Failure> {
+        let spec = VmSpec {
+            image: image.to_string(),
+            vcpus: self.cpus.map(u32::from).unwrap_or_default(),
+            memory_mib: self.memory.map(|size| size.0).unwrap_or_default(),
+            disk_mib: self.disk.map(|size| size.0).unwrap_or_default(),
+            env: self.env.clone(),
+            cwd: self.workdir.clone().unwrap_or_default(),
+            user: self.user.clone().unwrap_or_default(),
+        };
+        Ok(CreateVmRequest {
+            request_id,
+            name: self.name.as_ref().map(ToString::to_string).unwrap_or_default(),
+            labels: labels::wire(&self.labels)?,
+            spec: Some(spec),
+            remove_when_done: false,
+        })
+    }
+}
+
+/// The parser of IMAGE.
+pub fn image(text: &str) -> Result<ImageRef, String> {
+    said(text.parse())
+}
+
+fn vcpus(text: &str) -> Result<Vcpus, String> {
+    let count: u64 =
+        text.parse().map_err(|_| format!("{text:?} vCPUs: must be a whole number, 1 to {}", Vcpus::MAX))?;
+    // What does not fit 32 bits is refused with the same words.
+    said(Vcpus::try_from(u32::try_from(count).unwrap_or(u32::MAX)))
+}
+
+fn said<T>(result: clawpot_types::Result<T>) -> Result<T, String> {
+    result.map_err(|error| error.to_string())
+}

@@ -1,0 +1,80 @@
+//! Everything that can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::commands as c;
+use crate::output::color::ColorWhen;
+
+/// Self-hosted computers for AI agents and untrusted code.
+///
+/// Exit codes: of `run` and `exec` the one of the command inside, 128+n when signal n ended it, 124 when its timeout
+/// did, 126 when it could not be executed, 127 when it was not found, 125 when clawpot itself failed. Otherwise 0, or 1
+/// when it failed, or 2 when the command line was wrong.
+#[derive(Debug, Parser)]
+#[command(name = "clawpot", version, arg_required_else_help = true, disable_help_subcommand = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
+pub struct Global {
+    /// Unix socket of the server
+    #[arg(long, global = true, env = "CLAWPOT_SOCKET", value_name = "PATH", default_value = "/run/clawpot/api.sock")]
+    pub socket: PathBuf,
+    /// How results are written: for people, or as JSON with stable fields
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "table",
+        hide_possible_values = true
+    )]
+    pub output: Format,
+    /// When to use colours; NO_COLOR is honoured
+    #[arg(long, global = true, value_enum, value_name = "WHEN", default_value = "auto")]
+    pub color: ColorWhen,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    Run(c::run::Args),
+    Create(c::create::Args),
+    Ls(c::ls::Args),
+    Inspect(c::inspect::Args),
+    Exec(c::exec::Args),
+    Wait(c::wait::Args),
+    Stop(c::stop::Args),
+    Start(c::start::Args),
+    Rm(c::rm::Args),
+    Logs(c::logs::Args),
+    Events(c::events::Args),
+    Image(c::image::Args),
+    Host(c::host::Args),
+    Doctor(c::doctor::Args),
+    Version(c::version::Args),
+    Completions(c::completions::Args),
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        super::Cli::command().debug_assert();
+    }
+}

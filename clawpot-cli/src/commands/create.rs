@@ -1,0 +1,53 @@
+//! `clawpot create`.
+
+use clawpot_common::v1::{CreateVmRequest, Phase, Vm};
+use clawpot_types::ImageRef;
+
+use super::Outcome;
+use crate::api::{Api, retrying};
+use crate::args::{VmArgs, vm::image};
+use crate::cli::Global;
+use crate::failure::Failure;
+use crate::output::progress::Progress;
+use crate::view::vm::{called, phase};
+use crate::watch::{Goal, Wait};
+
+/// Create a VM and start it; its name is printed
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    vm: VmArgs,
+    /// Wait until it runs, and fail if it does not
+    #[arg(long)]
+    wait: bool,
+    /// Name or digest of an image; `clawpot image ls` shows them
+    #[arg(value_parser = image)]
+    image: ImageRef,
+}
+
+pub async fn run(global: &Global, args: Args) -> Outcome {
+    let request = args.vm.request(&args.image, crate::exec::random_id()?.to_string())?;
+    let api = global.api().await?;
+    let mut vm = create(&api, request).await?;
+    if args.wait {
+        vm = until_running(&api, &vm).await?;
+    }
+    global.show_vm(&vm)?;
+    Ok(0)
+}
+
+/// Creates it once: when the answer is lost the same `request_id` is sent again.
+pub(super) async fn create(api: &Api, request: CreateVmRequest) -> Result<Vm, Failure> {
+    retrying("creating a VM", || {
+        let (mut client, request) = (api.vms(), request.clone());
+        async move { client.create_vm(request).await }
+    })
+    .await
+}
+
+/// Waits for a VM that was just created, with progress on a terminal.
+pub(super) async fn until_running(api: &Api, vm: &Vm) -> Result<Vm, Failure> {
+    let progress = Progress::new();
+    let wait = Wait { api, vm: &vm.id, goal: Goal::Phase(Phase::Running), before: None };
+    wait.until_reached(|vm| progress.show(&format!("{}: {}", called(vm), phase(vm)))).await
+}

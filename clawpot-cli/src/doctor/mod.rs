@@ -1,0 +1,51 @@
+//! What this host has and lacks for VMs. Works without a server and without root, and says what it could not see.
+//!
+//! Each check looks (`look`) and judges (`judge`); judging is pure and tested with what real hosts said.
+//!
+//! - [`server`] is one there · [`kvm`], [`vmm`] what VMs run on · [`devices`] TUN, kernel modules
+//! - [`cgroup`] their processes · [`storage`] their files · [`firewall`], [`routes`] their network · [`users`] their uids
+//! - [`check`] a finding · [`tool`] the only place here that runs a program
+
+mod cgroup;
+pub mod check;
+mod devices;
+mod firewall;
+mod kvm;
+mod routes;
+mod server;
+mod storage;
+mod tool;
+mod users;
+mod vmm;
+
+use std::path::PathBuf;
+
+use check::Check;
+
+use crate::api::Api;
+use crate::failure::Failure;
+
+/// Where the server keeps its things.
+#[derive(Debug)]
+pub struct Places {
+    pub state: PathBuf,
+    pub images: PathBuf,
+}
+
+/// Every check, in the order in which it should be mended.
+pub async fn examine(api: Result<Api, Failure>, places: &Places) -> Vec<Check> {
+    let host = server::look(api).await;
+    let kvm = kvm::look();
+    let mut checks = vec![server::judge(&host), kvm::judge(&kvm, host.as_ref().ok())];
+    checks.extend(vmm::examine(kvm.is_ok()));
+    checks.push(devices::tun());
+    checks.push(devices::modules());
+    checks.push(cgroup::examine());
+    checks.extend(storage::examine(places));
+    checks.push(firewall::nft());
+    checks.push(firewall::foreign());
+    checks.push(routes::forwarding());
+    checks.push(routes::overlaps());
+    checks.push(users::examine());
+    checks
+}

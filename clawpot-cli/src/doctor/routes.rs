@@ -1,0 +1,134 @@
+//! Forwarding, and networks that lie where the VMs' addresses are.
+
+use std::net::Ipv4Addr;
+
+use super::check::Check;
+
+/// Addresses of the slots, and those that every guest sees around it.
+const SLOTS: (Ipv4Addr, u32) = (Ipv4Addr::new(10, 201, 0, 0), 16);
+const GUESTS: (Ipv4Addr, u32) = (Ipv4Addr::new(172, 31, 254, 0), 23);
+
+pub fn forwarding() -> Check {
+    judge_forwarding(std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").map_err(|error| error.to_string()))
+}
+
+fn judge_forwarding(value: Result<String, String>) -> Check {
+    const NAME: &str = "ip_forward";
+    match value.as_deref().map(str::trim) {
+        Ok("1") => Check::ok(NAME, "on"),
+        Ok(_) => Check::warn(
+            NAME,
+            "off: VMs reach no network",
+            "`sudo sysctl -w net.ipv4.ip_forward=1`, and for every boot `echo net.ipv4.ip_forward=1 | sudo tee \
+             /etc/sysctl.d/60-clawpot.conf`",
+        ),
+        Err(why) => Check::unknown(NAME, format!("not seen: {why}"), "mount /proc"),
+    }
+}
+
+pub fn overlaps() -> Check {
+    judge(std::fs::read_to_string("/proc/net/route").map_err(|error| error.to_string()))
+}
+
+/// Judges `/proc/net/route`.
+fn judge(table: Result<String, String>) -> Check {
+    const NAME: &str = "routes";
+    let table = match table {
+        Ok(table) => table,
+        Err(why) => return Check::unknown(NAME, format!("not seen: {why}"), "mount /proc"),
+    };
+    let hit: Vec<String> =
+        table.lines().skip(1).filter_map(route).filter(Route::is_in_the_way).map(|r| r.to_string()).collect();
+    match hit.as_slice() {
+        [] => Check::ok(NAME, format!("none into {}/{} or {}/{}", SLOTS.0, SLOTS.1, GUESTS.0, GUESTS.1)),
+        hit => Check::warn(
+            NAME,
+            format!(
+                "{} overlap the VMs' addresses ({}/{}, {}/{})",
+                hit.join(", "),
+                SLOTS.0,
+                SLOTS.1,
+                GUESTS.0,
+                GUESTS.1
+            ),
+            "VMs will not reach that network, nor it them: move it to other addresses",
+        ),
+    }
+}
+
+struct Route {
+    device: String,
+    network: u32,
+    prefix: u32,
+}
+
+impl Route {
+    fn is_in_the_way(&self) -> bool {
+        // The default route, or a half of everything as some VPNs have it, is less specific than any of ours.
+        self.prefix >= 8 && !is_ours(&self.device) && [SLOTS, GUESTS].iter().any(|range| self.overlaps(*range))
+    }
+
+    fn overlaps(&self, (network, prefix): (Ipv4Addr, u32)) -> bool {
+        let mask = u32::MAX.checked_shl(32 - self.prefix.min(prefix)).unwrap_or(0);
+        (self.network ^ u32::from(network)) & mask == 0
+    }
+}
+
+impl std::fmt::Display for Route {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{} on {}", Ipv4Addr::from(self.network), self.prefix, self.device)
+    }
+}
+
+/// `cp3f-7`, `cp` + instance id…: links of a server of ours.
+fn is_ours(device: &str) -> bool {
+    let rest = device.strip_prefix("cp").unwrap_or_default();
+    rest.split_once('-').is_some_and(|(_, slot)| !slot.is_empty() && slot.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// "eth0 000200C0 00000000 0001 0 0 0 00FFFFFF …": addresses are hexadecimal in the machine's byte order.
+fn route(line: &str) -> Option<Route> {
+    let mut fields = line.split_ascii_whitespace();
+    let device = fields.next()?.to_owned();
+    let mut address = |n| Some(u32::from_be(u32::from_str_radix(fields.nth(n)?, 16).ok()?));
+    let network = address(0)?;
+    let mask = address(5)?;
+    Some(Route { device, network, prefix: mask.leading_ones() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::check::Level;
+
+    const HEADER: &str = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n";
+
+    fn look(routes: &[&str]) -> Check {
+        judge(Ok(format!("{HEADER}{}", routes.join("\n"))))
+    }
+
+    #[test]
+    fn routes_into_our_ranges_are_found() {
+        let default = "eth0\t00000000\t010200C0\t0003\t0\t0\t0\t00000000\t0\t0\t0";
+        let lan = "eth0\t000200C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0";
+        let own = "cp3f01-7\t0000C90A\t00000000\t0001\t0\t0\t0\tFEFFFFFF\t0\t0\t0";
+        assert_eq!(look(&[default, lan, own]).level, Level::Ok);
+        let vpn = "tun0\t0000000A\t00000000\t0001\t0\t0\t0\t000000FF\t0\t0\t0";
+        assert_eq!(
+            look(&[vpn]).found,
+            "10.0.0.0/8 on tun0 overlap the VMs' addresses (10.201.0.0/16, 172.31.254.0/23)"
+        );
+        let docker = "br-1\t00001FAC\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0";
+        assert!(look(&[docker]).found.starts_with("172.31.0.0/16 on br-1"));
+        let host = "wg0\t0702C90A\t00000000\t0001\t0\t0\t0\tFFFFFFFF\t0\t0\t0";
+        assert!(look(&[host]).found.starts_with("10.201.2.7/32 on wg0"));
+        assert_eq!(judge(Err("no".into())).level, Level::Unknown);
+    }
+
+    #[test]
+    fn forwarding_is_read() {
+        assert_eq!(judge_forwarding(Ok("1\n".into())).level, Level::Ok);
+        assert_eq!(judge_forwarding(Ok("0\n".into())).level, Level::Warn);
+        assert_eq!(judge_forwarding(Err("gone".into())).level, Level::Unknown);
+    }
+}

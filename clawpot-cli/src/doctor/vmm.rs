@@ -1,0 +1,111 @@
+//! QEMU, Firecracker and its jailer: are they there, and which of their versions have known holes.
+
+use std::path::PathBuf;
+
+use super::check::Check;
+use super::tool::{self, Version};
+
+/// Holes of Firecracker and its jailer: first and last version affected, and what it is.
+const HOLES: [(Version, Version, &str); 4] = [
+    (Version(1, 13, 0), Version(1, 14, 3), "CVE-2026-5747: a guest can write outside a virtio-pci queue"),
+    (Version(1, 15, 0), Version(1, 15, 0), "CVE-2026-5747: a guest can write outside a virtio-pci queue"),
+    (Version(0, 0, 0), Version(1, 13, 1), "CVE-2026-1386: the jailer follows symbolic links"),
+    (Version(1, 14, 0), Version(1, 14, 0), "CVE-2026-1386: the jailer follows symbolic links"),
+];
+/// The oldest Firecracker that the server uses.
+const OLDEST: Version = Version(1, 15, 1);
+const GET_FIRECRACKER: &str = "install Firecracker 1.15.1 or later with its jailer from its releases, in the PATH or at \
+                               FIRECRACKER_BIN";
+
+/// A program: where it is and its version, or why that is not known. `None` when there is none.
+type Program = Option<(PathBuf, Result<Version, String>)>;
+
+pub fn examine(kvm: bool) -> Vec<Check> {
+    let firecracker = look(std::env::var_os("FIRECRACKER_BIN").map(PathBuf::from), "firecracker");
+    // Releases carry both side by side.
+    let beside = firecracker.as_ref().map(|(path, _)| path.with_file_name("jailer"));
+    let jailer = look(beside, "jailer");
+    let qemu = look(None, &format!("qemu-system-{}", std::env::consts::ARCH));
+    let needed = !(kvm && usable(&firecracker) && usable(&jailer));
+    vec![judge_qemu(&qemu, needed), judge("firecracker", &firecracker, kvm), judge("jailer", &jailer, kvm)]
+}
+
+fn look(given: Option<PathBuf>, name: &str) -> Program {
+    let path = given.filter(|path| tool::is_program(path)).or_else(|| tool::find(name))?;
+    let version = tool::output_of(&path, &["--version"]).and_then(|said| {
+        Version::find(&said).ok_or_else(|| format!("--version says {:?}", said.lines().next().unwrap_or_default()))
+    });
+    Some((path, version))
+}
+
+fn usable(program: &Program) -> bool {
+    matches!(program, Some((_, Ok(version))) if *version >= OLDEST)
+}
+
+fn judge_qemu(qemu: &Program, needed: bool) -> Check {
+    let get = "apt-get install --no-install-recommends qemu-system-x86";
+    match qemu {
+        None if needed => Check::fail("qemu", "not in the PATH, and nothing else can run VMs here", get),
+        None => Check::ok("qemu", "not in the PATH; Firecracker runs the VMs"),
+        Some((path, Ok(version))) if version.0 < 7 => {
+            Check::warn("qemu", format!("{version} at {}: older than 7.2, untested", path.display()), get)
+        }
+        Some((path, Ok(version))) => Check::ok("qemu", format!("{version} at {}", path.display())),
+        Some((path, Err(why))) => Check::fail("qemu", format!("{}: {why}", path.display()), get),
+    }
+}
+
+/// Without KVM it is not used, so that nothing about it fails.
+fn judge(name: &'static str, program: &Program, kvm: bool) -> Check {
+    let Some((path, version)) = program else {
+        return match kvm {
+            true => Check::warn(name, "not found: QEMU runs the VMs", GET_FIRECRACKER),
+            false => Check::ok(name, "not found; without KVM it could not be used"),
+        };
+    };
+    let version = match version {
+        Ok(version) => version,
+        Err(why) => return Check::warn(name, format!("{}: {why}", path.display()), GET_FIRECRACKER),
+    };
+    let mut holes: Vec<&str> =
+        HOLES.iter().filter(|(from, to, _)| (from..=to).contains(&version)).map(|(_, _, hole)| *hole).collect();
+    holes.dedup();
+    let found = format!("{version} at {}", path.display());
+    match holes.as_slice() {
+        [] if *version < OLDEST => {
+            Check::warn(name, format!("{found}: older than {OLDEST}, not used"), GET_FIRECRACKER)
+        }
+        [] => Check::ok(name, found),
+        holes if kvm => Check::fail(name, format!("{found} has known holes: {}", holes.join("; ")), GET_FIRECRACKER),
+        holes => Check::warn(name, format!("{found} has known holes: {}", holes.join("; ")), GET_FIRECRACKER),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::check::Level;
+
+    fn firecracker(version: Version) -> Check {
+        judge("firecracker", &Some(("/usr/bin/firecracker".into(), Ok(version))), true)
+    }
+
+    #[test]
+    fn versions_with_known_holes_are_named() {
+        let holes = |version| firecracker(version).found.matches("CVE-").count();
+        let counts = [(1, 12, 0), (1, 13, 1), (1, 13, 2), (1, 14, 0), (1, 14, 3), (1, 14, 4), (1, 15, 0), (1, 15, 1)];
+        assert_eq!(counts.map(|(a, b, c)| holes(Version(a, b, c))), [1, 2, 1, 2, 1, 0, 1, 0]);
+        assert_eq!(firecracker(Version(1, 14, 4)).level, Level::Warn);
+        assert_eq!(firecracker(Version(1, 15, 0)).level, Level::Fail);
+        assert_eq!(firecracker(Version(1, 16, 1)).level, Level::Ok);
+    }
+
+    #[test]
+    fn something_must_run_the_vms() {
+        assert_eq!(judge_qemu(&None, true).level, Level::Fail);
+        assert_eq!(judge_qemu(&None, false).level, Level::Ok);
+        assert_eq!(judge_qemu(&Some(("/q".into(), Ok(Version(7, 2, 22)))), true).level, Level::Ok);
+        assert_eq!(judge("jailer", &None, false).level, Level::Ok);
+        assert_eq!(judge("jailer", &None, true).level, Level::Warn);
+    }
+}

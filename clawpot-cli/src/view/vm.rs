@@ -1,0 +1,236 @@
+//! A VM.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use clawpot_common::v1::{Desired, EnvVar, Phase, PhaseTiming, Vm};
+use serde::Serialize;
+
+use super::{known, or_dash};
+use crate::failure::Failure;
+use crate::output::{table, time};
+
+/// A VM as `-o json` shows it. Times are RFC 3339 in UTC, sizes are in the unit of their name.
+#[derive(Debug, Serialize)]
+pub struct VmView {
+    pub id: String,
+    pub name: String,
+    pub labels: BTreeMap<String, String>,
+    pub phase: String,
+    /// "running", "stopped" or "deleted": what the owner wants.
+    pub desired: String,
+    pub revision: u64,
+    pub generation: u64,
+    pub incarnation: u64,
+    pub image: String,
+    pub image_digest: Option<String>,
+    pub vcpus: u32,
+    pub memory_mib: u64,
+    pub disk_mib: u64,
+    /// Bytes that are not UTF-8 are shown as U+FFFD.
+    pub env: BTreeMap<String, String>,
+    pub cwd: Option<String>,
+    pub user: Option<String>,
+    pub address: Option<String>,
+    pub vmm: Option<String>,
+    pub vmm_version: Option<String>,
+    pub remove_when_done: bool,
+    pub created_at: Option<String>,
+    pub phase_changed_at: Option<String>,
+    /// The last boot, in order; a name with a dot is a step within the one before the dot.
+    pub timings: Vec<TimingView>,
+    pub failure: Option<FailureView>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct TimingView {
+    pub name: String,
+    pub duration_us: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub struct FailureView {
+    pub during: String,
+    pub message: String,
+    pub hint: Option<String>,
+    pub retryable: bool,
+    pub cleanup: Option<String>,
+    pub console_tail: Vec<String>,
+}
+
+impl From<&Vm> for VmView {
+    fn from(vm: &Vm) -> Self {
+        let spec = vm.spec.clone().unwrap_or_default();
+        Self {
+            id: vm.id.clone(),
+            name: vm.name.clone(),
+            labels: vm.labels.clone().into_iter().collect(),
+            phase: phase(vm),
+            desired: desired(vm),
+            revision: vm.revision,
+            generation: vm.generation,
+            incarnation: vm.incarnation,
+            image: spec.image,
+            image_digest: known(&vm.image_digest),
+            vcpus: spec.vcpus,
+            memory_mib: spec.memory_mib,
+            disk_mib: spec.disk_mib,
+            env: spec.env.iter().map(env_pair).collect(),
+            cwd: known(&spec.cwd),
+            user: known(&spec.user),
+            address: known(&vm.address),
+            vmm: known(&vm.vmm),
+            vmm_version: known(&vm.vmm_version),
+            remove_when_done: vm.remove_when_done,
+            created_at: vm.created_at.as_ref().map(time::rfc3339),
+            phase_changed_at: vm.phase_changed_at.as_ref().map(time::rfc3339),
+            timings: vm.timings.iter().map(TimingView::from).collect(),
+            failure: vm.failure.as_ref().map(|failure| FailureView {
+                during: phase_name(failure.during()).to_owned(),
+                message: failure.message.clone(),
+                hint: known(&failure.hint),
+                retryable: failure.retryable,
+                cleanup: known(&failure.cleanup),
+                console_tail: failure.console_tail.clone(),
+            }),
+        }
+    }
+}
+
+impl From<&PhaseTiming> for TimingView {
+    fn from(timing: &PhaseTiming) -> Self {
+        let us = u64::try_from(duration(timing).as_micros()).unwrap_or(u64::MAX);
+        Self { name: timing.name.clone(), duration_us: us }
+    }
+}
+
+fn env_pair(var: &EnvVar) -> (String, String) {
+    let text = |bytes: &Bytes| String::from_utf8_lossy(bytes).into_owned();
+    (text(&var.name), text(&var.value))
+}
+
+fn duration(timing: &PhaseTiming) -> Duration {
+    // A negative duration is a clock that was set back.
+    timing.duration.and_then(|wire| Duration::try_from(wire).ok()).unwrap_or_default()
+}
+
+/// `web`, or the id of a VM without a name.
+pub fn called(vm: &Vm) -> &str {
+    if vm.name.is_empty() { &vm.id } else { &vm.name }
+}
+
+/// The phase in lower case; a number that only a newer server knows is shown as such.
+pub fn phase(vm: &Vm) -> String {
+    Phase::try_from(vm.phase).map_or_else(|_| format!("unknown({})", vm.phase), |phase| phase_name(phase).to_owned())
+}
+
+pub fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Unspecified => "unknown",
+        Phase::Accepted => "accepted",
+        Phase::Preparing => "preparing",
+        Phase::Booting => "booting",
+        Phase::Restoring => "restoring",
+        Phase::Running => "running",
+        Phase::Paused => "paused",
+        Phase::Sleeping => "sleeping",
+        Phase::Asleep => "asleep",
+        Phase::Waking => "waking",
+        Phase::Stopping => "stopping",
+        Phase::Stopped => "stopped",
+        Phase::Deleting => "deleting",
+        Phase::Failed => "failed",
+        Phase::Quarantined => "quarantined",
+    }
+}
+
+fn desired(vm: &Vm) -> String {
+    match Desired::try_from(vm.desired) {
+        Ok(Desired::Running) => "running".to_owned(),
+        Ok(Desired::Stopped) => "stopped".to_owned(),
+        Ok(Desired::Deleted) => "deleted".to_owned(),
+        Ok(Desired::Unspecified) => "unknown".to_owned(),
+        Err(_) => format!("unknown({})", vm.desired),
+    }
+}
+
+/// `ls`.
+pub fn list(vms: &[Vm], now: SystemTime) -> String {
+    let headers = ["NAME", "ID", "PHASE", "IMAGE", "CPUS", "MEMORY", "ADDRESS", "AGE"];
+    let rows = vms.iter().map(|vm| {
+        let spec = vm.spec.clone().unwrap_or_default();
+        [
+            or_dash(&vm.name),
+            vm.id.clone(),
+            phase(vm),
+            spec.image,
+            spec.vcpus.to_string(),
+            format!("{} MiB", spec.memory_mib),
+            or_dash(&vm.address),
+            time::age_of(vm.created_at.as_ref(), now),
+        ]
+    });
+    table::rows(headers, rows)
+}
+
+/// `inspect`.
+pub fn detail(vm: &Vm, now: SystemTime) -> String {
+    let spec = vm.spec.clone().unwrap_or_default();
+    let ago = |time: Option<&_>| format!("{} ago", time::age_of(time, now));
+    let mut pairs = vec![
+        ("Name", or_dash(&vm.name)),
+        ("Id", vm.id.clone()),
+        ("Phase", format!("{}, since {}", phase(vm), ago(vm.phase_changed_at.as_ref()))),
+        ("Desired", desired(vm)),
+        ("Image", format!("{} {}", spec.image, vm.image_digest)),
+        ("Size", format!("{} vCPUs, {} MiB memory, {} MiB disk", spec.vcpus, spec.memory_mib, spec.disk_mib)),
+        ("VMM", or_dash(format!("{} {}", vm.vmm, vm.vmm_version).trim())),
+        ("Address", or_dash(&vm.address)),
+        ("Created", ago(vm.created_at.as_ref())),
+        ("Counters", format!("revision {}, generation {}, incarnation {}", vm.revision, vm.generation, vm.incarnation)),
+    ];
+    let labels: BTreeMap<_, _> = vm.labels.iter().collect();
+    pairs.extend(labels.iter().map(|(key, value)| ("Label", format!("{key}={value}"))));
+    pairs.extend(spec.env.iter().map(env_pair).map(|(name, value)| ("Env", format!("{name}={value}"))));
+    pairs.extend(known(&spec.cwd).map(|cwd| ("Directory", cwd)));
+    pairs.extend(known(&spec.user).map(|user| ("User", user)));
+    pairs.extend(vm.remove_when_done.then(|| ("Remove", "when its first command has ended".to_owned())));
+    if let Some(failure) = &vm.failure {
+        pairs.push(("Failed", format!("{}: {}", phase_name(failure.during()), failure.message.replace('\n', ": "))));
+        pairs.extend(known(&failure.cleanup).map(|cleanup| ("Clean-up", cleanup)));
+        pairs.extend(known(&failure.hint).map(|hint| ("Hint", hint)));
+    }
+    let mut text = table::pairs(pairs.into_iter().map(|(key, value)| (key.to_owned(), value)));
+    if !vm.timings.is_empty() {
+        text.push_str("\n\n");
+        text.push_str(&boot(&vm.timings));
+    }
+    text
+}
+
+/// The last boot as a tree: `booting.kernel` is indented under `booting`.
+fn boot(timings: &[PhaseTiming]) -> String {
+    let total: Duration = timings.iter().filter(|timing| !timing.name.contains('.')).map(duration).sum();
+    let steps = timings.iter().map(|timing| {
+        let depth = timing.name.matches('.').count();
+        let step = timing.name.rsplit('.').next().unwrap_or_default();
+        [format!("{}{step}", "  ".repeat(depth.min(8))), time::duration(duration(timing))]
+    });
+    table::rows(["BOOT", "TOOK"], steps.chain([["total".to_owned(), time::duration(total)]]))
+}
+
+/// Why a VM in FAILED or QUARANTINED does not run.
+pub fn failure(vm: &Vm) -> Failure {
+    let told = vm.failure.clone().unwrap_or_default();
+    let what = match vm.phase() {
+        Phase::Quarantined => format!("VM {}: it is quarantined", called(vm)),
+        _ => format!("VM {}: it failed while {}", called(vm), phase_name(told.during())),
+    };
+    let mut failure = told.message.lines().fold(Failure::new(what), Failure::because);
+    if !told.cleanup.is_empty() {
+        failure = failure.because(format!("and cleaning up failed too: {}", told.cleanup));
+    }
+    let hint = known(&told.hint).unwrap_or_else(|| format!("`clawpot logs {}` shows its console", called(vm)));
+    failure.console(told.console_tail).hint(hint)
+}

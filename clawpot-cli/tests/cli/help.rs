@@ -1,0 +1,44 @@
+//! Help and completions of every verb.
+
+use crate::Ran;
+
+fn help(args: &[&str]) -> String {
+    let mut args = args.to_vec();
+    args.push("--help");
+    let ran: Ran = crate::clawpot(&args).output().unwrap().into();
+    assert_eq!((ran.code, ran.err.as_str()), (Some(0), ""));
+    ran.out
+}
+
+#[test]
+fn every_verb_explains_itself() {
+    insta::assert_snapshot!("help", help(&[]));
+    for verb in [
+        "run",
+        "create",
+        "ls",
+        "inspect",
+        "exec",
+        "wait",
+        "stop",
+        "start",
+        "rm",
+        "logs",
+        "events",
+        "image",
+        "host",
+        "doctor",
+        "version",
+        "completions",
+    ] {
+        insta::assert_snapshot!(format!("help-{verb}"), help(&[verb]));
+    }
+}
+
+#[test]
+fn every_shell_gets_completions() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let ran: Ran = crate::clawpot(&["completions", shell]).output().unwrap().into();
+        assert!(ran.code == Some(0) && ran.out.contains("clawpot"), "{shell}");
+    }
+}

@@ -1,0 +1,120 @@
+//! A server that is killed under a running `exec`.
+
+use std::io::{Read as _, Write as _};
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use crate::fake::Fake;
+use crate::fake::guest::Inner;
+use crate::{ended, eventually, kill};
+
+fn started(fake: &Fake, args: &[&str]) -> Child {
+    let child = fake.clawpot(args).stdin(Stdio::piped()).spawn().unwrap();
+    eventually("it runs", || fake.state.guest.only().is_some());
+    child
+}
+
+fn guest<T>(fake: &Fake, act: impl FnOnce(&mut Inner) -> T) -> T {
+    fake.state.guest.only().unwrap().with(act)
+}
+
+#[test]
+fn nothing_is_missed_and_nothing_comes_twice() {
+    let mut fake = Fake::with_vm();
+    let mut child = started(&fake, &["exec", "web", "--", "cat"]);
+    let mut stdin = child.stdin.take().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let input: Vec<u8> = (0..24u32 << 20).map(|i| u8::try_from(i % 249).unwrap()).collect();
+    let want = input.clone();
+    let feeder = std::thread::spawn(move || stdin.write_all(&input).unwrap());
+    let reader = std::thread::spawn(move || {
+        let mut back = Vec::new();
+        stdout.read_to_end(&mut back).unwrap();
+        back
+    });
+    for _ in 0..4 {
+        let before = guest(&fake, |inner| inner.stdout.end());
+        eventually("it goes on", || {
+            guest(&fake, |inner| inner.stdout.end() > before + (2 << 20) || inner.ended.is_some())
+        });
+        fake.kill();
+        std::thread::sleep(Duration::from_millis(50));
+        fake.revive();
+    }
+    feeder.join().unwrap();
+    let ran = ended(child);
+    assert_eq!(ran.code, Some(0), "{}", ran.err);
+    assert!(reader.join().unwrap() == want);
+    assert!(ran.err.contains("the server is gone") && ran.err.contains("attached again"), "{}", ran.err);
+}
+
+#[test]
+fn output_that_left_the_ring_is_reported_with_its_bytes() {
+    let mut fake = Fake::with_vm();
+    let child = started(&fake, &["exec", "web", "--", "stubborn"]);
+    guest(&fake, |inner| inner.stdout.kept.extend(b"first "));
+    std::thread::sleep(Duration::from_millis(200));
+    fake.kill();
+    guest(&fake, |inner| {
+        inner.stdout.kept.extend(b"while nobody looked, the last");
+        inner.stdout.forget_below(6 + 21);
+        inner.stderr.kept.extend(b"kept\n");
+        inner.ended = Some(clawpot_common::v1::exec_exited::End::Code(5));
+    });
+    fake.revive();
+    let ran = ended(child);
+    assert_eq!((ran.code, ran.out.as_str()), (Some(5), "first the last"));
+    insta::assert_snapshot!(ran.err, @"");
+}
+
+#[test]
+fn it_gives_up_when_its_time_is_over() {
+    let mut fake = Fake::with_vm();
+    let child = started(&fake, &["exec", "web", "--reconnect-timeout", "300ms", "--", "stubborn"]);
+    std::thread::sleep(Duration::from_millis(100));
+    fake.kill();
+    let ran = ended(child);
+    assert_eq!(ran.code, Some(125));
+    assert!(ran.err.contains("error: VM web: stubborn: staying attached: the connection"), "{}", ran.err);
+}
+
+#[test]
+fn who_is_tired_of_waiting_may_leave() {
+    let mut fake = Fake::with_vm();
+    let child = started(&fake, &["exec", "web", "--", "stubborn"]);
+    std::thread::sleep(Duration::from_millis(100));
+    fake.kill();
+    std::thread::sleep(Duration::from_millis(200));
+    kill(&child, Signal::INT);
+    let ran = ended(child);
+    assert_eq!(ran.code, Some(130));
+    assert!(ran.err.contains("may still run"), "{}", ran.err);
+}
+
+#[test]
+fn an_exec_that_the_guest_forgot_is_an_error() {
+    let mut fake = Fake::with_vm();
+    let child = started(&fake, &["exec", "web", "--", "stubborn"]);
+    std::thread::sleep(Duration::from_millis(100));
+    fake.kill();
+    fake.state.guest.execs.lock().unwrap().clear();
+    fake.revive();
+    let ran = ended(child);
+    assert_eq!(ran.code, Some(125));
+    assert!(ran.err.contains("the guest no longer knows it"), "{}", ran.err);
+}
+
+#[test]
+fn a_vm_that_is_gone_is_an_error() {
+    let mut fake = Fake::with_vm();
+    let child = started(&fake, &["exec", "web", "--", "stubborn"]);
+    std::thread::sleep(Duration::from_millis(100));
+    fake.kill();
+    fake.state.vms.lock().unwrap().clear();
+    fake.revive();
+    let ran = ended(child);
+    assert_eq!(ran.code, Some(125));
+    assert!(ran.err.contains("not found"), "{}", ran.err);
+}
