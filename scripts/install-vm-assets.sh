@@ -159,7 +159,7 @@ main() {
   scratch=$(as_root mktemp -d "$assets/cache/.scratch.XXXXXX")
   as_root chmod 755 "$scratch"
   # shellcheck disable=SC2064 # this very directory, expanded now
-  trap "stop_ticker; as_root rm -rf -- '$scratch'" EXIT
+  trap "abandon_step; as_root rm -rf -- '$scratch'" EXIT
 
   version=$(store has-kernel || true)
   if [[ -n $version && -z $upgrade && -d $assets/cache/modules-$version ]]; then

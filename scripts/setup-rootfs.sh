@@ -62,7 +62,7 @@ build_tree() {
   if [[ -s /etc/apt/auth.conf ]]; then options+=(--aptopt='Dir::Etc::netrc "/etc/apt/auth.conf"'); fi
   # Its own mount namespace: whatever mmdebstrap mounts is gone with it, also when it is killed. No SOURCE_DATE_EPOCH: with
   # it Python writes byte code that is checked against a hash of its source, which doubles the time of every import.
-  as_root env -u SOURCE_DATE_EPOCH TMPDIR="$scratch" unshare --mount --propagation private \
+  as_root env -u SOURCE_DATE_EPOCH PATH=/usr/sbin:/usr/bin:/sbin:/bin TMPDIR="$scratch" unshare --mount --propagation private \
     mmdebstrap "${options[@]}" "$release" "$scratch/root" "$scratch/sources.list"
   as_root "$repo/scripts/lib/rootfs-finish.sh" "$scratch/root" "$(publication_time)"
 }
@@ -123,7 +123,7 @@ main() {
   scratch=$(as_root mktemp -d "$assets/cache/.scratch.XXXXXX")
   as_root chmod 755 "$scratch"
   # shellcheck disable=SC2064 # this very directory, expanded now
-  trap "stop_ticker; as_root rm -rf --one-file-system -- '$scratch'" EXIT
+  trap "abandon_step; as_root rm -rf --one-file-system -- '$scratch'" EXIT
   debian_sources "$release" | as_root tee "$scratch/sources.list" >/dev/null
   [[ -s $scratch/sources.list ]] ||
     die "apt knows no Debian suite $release with component main" "see 'apt-get indextargets'; add Debian's own suites to the apt sources"

@@ -38,13 +38,12 @@ last_line() { tail -c 2000 -- "$1" 2>/dev/null | tr '\r' '\n' | tr -dc '[:print:
 
 # Shows that a step is still going: on a terminal one line redrawn each second, elsewhere a line every 15 s.
 step_ticker() {
-  local label=$1 log=$2 start=$SECONDS elapsed
-  trap 'exit 0' TERM
+  local label=$1 log=$2 start=$SECONDS elapsed idle
   trap '' INT
+  # Waiting without a child that could outlive us: reading from a pipe that nobody writes to.
+  exec {idle}<> <(:)
   while kill -0 "$$" 2>/dev/null; do
-    # As a child of its own, so that TERM ends the wait at once.
-    sleep 1 &
-    wait "$!" || true
+    read -r -t 1 -u "$idle" || true
     elapsed=$((SECONDS - start))
     if [[ -t 2 ]]; then
       printf '\r\033[K… %s  %ds  %.*s' "$label" "$elapsed" "$((${COLUMNS:-100} - ${#label} - 12))" "$(last_line "$log")" >&2
@@ -54,7 +53,7 @@ step_ticker() {
   done
 }
 
-ticker=""
+ticker="" step_log=""
 stop_ticker() {
   if [[ -n $ticker ]]; then
     kill "$ticker" 2>/dev/null || true
@@ -71,6 +70,7 @@ step() {
   local label=$1 begun=${EPOCHREALTIME/[.,]/} status=0 log
   shift
   log=$(mktemp -t clawpot-step.XXXXXX)
+  step_log=$log
   if [[ ! -t 2 ]]; then printf '… %s\n' "$label" >&2; fi
   step_ticker "$label" "$log" &
   ticker=$!
@@ -91,6 +91,13 @@ step() {
   printf '✓ %s  %s s%s\n' "$label" "$(seconds_since "$begun")" "$(step_note "$log")" >&2
   rm -f -- "$log"
 }
+
+# For EXIT traps: nothing of a step that was interrupted stays.
+abandon_step() {
+  stop_ticker
+  if [[ -n $step_log ]]; then rm -f -- "$step_log"; fi
+}
+trap abandon_step EXIT
 
 # A step's last line of the form "note: …" is worth showing although the rest of its log is not.
 step_note() { sed -n 's/^note: /  (/p' -- "$1" | tail -n 1 | sed 's/$/)/'; }

@@ -30,7 +30,7 @@ def filter_through(*command: str) -> Callable[[bytes], bytes]:
 
     def run(payload: bytes) -> bytes:
         try:
-            return subprocess.run(command, input=payload, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True).stdout
+            return subprocess.run(command, input=payload, capture_output=True, check=True).stdout
         except FileNotFoundError:
             raise Bad(f"the kernel is packed with {command[0]}, which is not installed") from None
         except subprocess.CalledProcessError as error:
