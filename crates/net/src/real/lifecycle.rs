@@ -1,0 +1,236 @@
+use std::time::{Duration, Instant};
+
+use clawpot_core::ports::Net as _;
+use clawpot_host::process::Tool;
+use clawpot_types::{Kind, Slot};
+
+use super::crash::left_behind;
+use super::world::{Guest, PORT, PUBLIC, on_host, paths};
+use crate::SlotNet;
+use crate::kernel::conntrack;
+
+#[test]
+fn nothing_is_left_of_a_slot_and_then_of_the_instance() {
+    on_host(|world| async move {
+        let net = world.open("a").await;
+        let slot = Slot(5);
+        assert_eq!(net.look(slot).await.unwrap(), None);
+        assert!(net.list().await.unwrap().is_empty());
+        net.ensure(slot).await.unwrap();
+        net.ensure(slot).await.unwrap();
+        assert_eq!(net.look(slot).await.unwrap(), Some(()));
+        assert_eq!(net.list().await.unwrap(), [slot]);
+        assert_eq!(net.give_up().await.unwrap_err().kind(), Kind::FailedPrecondition);
+
+        let guest = Guest::start(&net, slot);
+        assert!(guest.tcp(PUBLIC, PORT).is_some() && guest.udp(PUBLIC, PORT).is_some());
+        drop(guest);
+        net.remove(slot).await.unwrap();
+        net.remove(slot).await.unwrap();
+        assert_eq!(net.look(slot).await.unwrap(), None);
+        left_behind(&net, slot).await;
+        assert_eq!(conntrack::forget(net.seat(slot).unwrap().address).unwrap(), 0);
+
+        net.give_up().await.unwrap();
+        let rules = Tool::new(paths().nft).args(["list", "ruleset"]).run().await.unwrap();
+        assert_eq!(String::from_utf8_lossy(&rules), "");
+        assert_eq!(std::fs::read_dir(world.blocks()).unwrap().count(), 0);
+        let resolver = std::net::UdpSocket::bind((net.resolver().address, 53));
+        assert_eq!(resolver.unwrap_err().kind(), std::io::ErrorKind::AddrNotAvailable);
+    });
+}
+
+#[test]
+fn slots_that_are_not_ours_to_give() {
+    on_host(|world| async move {
+        let net = world.open("a").await;
+        assert_eq!(net.slots(), 1023);
+        for slot in [Slot(1023), Slot(u32::MAX)] {
+            assert_eq!(net.seat(slot).unwrap_err().kind(), Kind::InvalidArgument);
+            assert_eq!(net.ensure(slot).await.unwrap_err().kind(), Kind::InvalidArgument);
+        }
+        net.warm(&[Slot(1023)]).await;
+    });
+}
+
+/// Until those and no others are ready.
+async fn until_ready(net: &SlotNet, slots: &[u32]) {
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        let ready: Vec<u32> = net.shop().ready().into_iter().map(|(slot, _)| slot.0).collect();
+        if ready == slots {
+            return;
+        }
+        assert!(Instant::now() < end, "ready: {ready:?}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+#[test]
+fn a_warm_slot_costs_one_transaction() {
+    on_host(|world| async move {
+        let net = world.open("a").await;
+        net.warm(&[Slot(0), Slot(1), Slot(2)]).await;
+        until_ready(&net, &[0, 1, 2]).await;
+        // Warm is not given, but listed.
+        assert_eq!(net.look(Slot(0)).await.unwrap(), None);
+        assert_eq!(net.list().await.unwrap(), [Slot(0), Slot(1), Slot(2)]);
+
+        let before = net.nft_runs();
+        net.ensure(Slot(0)).await.unwrap();
+        assert_eq!(net.nft_runs(), before + 1);
+        assert!(Guest::start(&net, Slot(0)).reaches(PUBLIC, PORT));
+
+        // Others are wished for: one stays, one goes, one comes; the given one is left alone.
+        net.warm(&[Slot(2), Slot(3)]).await;
+        until_ready(&net, &[2, 3]).await;
+        assert_eq!(net.look(Slot(0)).await.unwrap(), Some(()));
+        left_behind(&net, Slot(1)).await;
+
+        // A server that starts finds them all as they were, and takes a ready one without making it.
+        drop(net);
+        let net = world.open("a").await;
+        assert_eq!(net.look(Slot(0)).await.unwrap(), Some(()));
+        until_ready(&net, &[2, 3]).await;
+        let before = net.nft_runs();
+        net.ensure(Slot(3)).await.unwrap();
+        assert_eq!(net.nft_runs(), before + 1);
+
+        // Asked for while it is being made ahead: made once.
+        net.warm(&[Slot(4)]).await;
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        net.ensure(Slot(4)).await.unwrap();
+        assert_eq!(net.look(Slot(4)).await.unwrap(), Some(()));
+        for slot in [0, 3, 4] {
+            net.remove(Slot(slot)).await.unwrap();
+        }
+        net.give_up().await.unwrap();
+        assert!(net.list().await.unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_server_that_starts_again_interrupts_nobody() {
+    on_host(|world| async move {
+        let net = world.open("a").await;
+        net.ensure(Slot(1)).await.unwrap();
+        let guest = Guest::start(&net, Slot(1));
+        assert!(guest.reaches(PUBLIC, PORT));
+        drop(net);
+        let net = world.open("a").await;
+        assert!(guest.reaches(PUBLIC, PORT));
+        assert_eq!(net.look(Slot(1)).await.unwrap(), Some(()));
+    });
+}
+
+#[test]
+fn a_caller_that_goes_away_stops_nothing_half_way() {
+    on_host(|world| async move {
+        let net = world.open("a").await;
+        let gave_up = tokio::time::timeout(Duration::from_millis(1), net.ensure(Slot(1))).await;
+        assert!(gave_up.is_err(), "too fast for this test");
+        // Waits for its turn, then finds it done.
+        net.ensure(Slot(1)).await.unwrap();
+        assert_eq!(net.nft_runs(), 3, "the table, the slot's rules, its elements");
+        let gave_up = tokio::time::timeout(Duration::from_micros(100), net.remove(Slot(1))).await;
+        assert!(gave_up.is_err(), "too fast for this test");
+        net.ensure(Slot(1)).await.unwrap();
+        assert_eq!(net.look(Slot(1)).await.unwrap(), Some(()));
+    });
+}
+
+#[test]
+fn a_namespace_that_somebody_holds_does_not_keep_its_slot() {
+    on_host(|world| async move {
+        let net = world.open("a").await;
+        net.ensure(Slot(1)).await.unwrap();
+        let held = clawpot_host::netns::open(&net.seat(Slot(1)).unwrap().netns).unwrap();
+        net.remove(Slot(1)).await.unwrap();
+        left_behind(&net, Slot(1)).await;
+        net.ensure(Slot(1)).await.unwrap();
+        drop(held);
+        assert!(Guest::start(&net, Slot(1)).reaches(PUBLIC, PORT));
+    });
+}
+
+#[test]
+fn a_veth_taken_away_by_hand_is_made_again() {
+    on_host(|world| async move {
+        let net = world.open("a").await;
+        net.ensure(Slot(1)).await.unwrap();
+        let ip = clawpot_host::process::find_program("ip", None).unwrap();
+        let name = format!("cp{}-1", world.instance("a"));
+        Tool::new(ip).args(["netns", "del", &name]).run().await.unwrap();
+        assert_eq!(net.look(Slot(1)).await.unwrap(), None);
+        net.ensure(Slot(1)).await.unwrap();
+        assert!(Guest::start(&net, Slot(1)).reaches(PUBLIC, PORT));
+    });
+}
+
+#[test]
+fn figures() {
+    on_host(|world| async move {
+        const SLOTS: u32 = 20;
+        let net = world.open("a").await;
+        let mut cold = Vec::new();
+        for n in 0..SLOTS {
+            cold.push(timed(net.ensure(Slot(n))).await);
+        }
+        let mut gone = Vec::new();
+        for n in 0..SLOTS {
+            gone.push(timed(net.remove(Slot(n))).await);
+        }
+        let wanted: Vec<Slot> = (0..SLOTS).map(Slot).collect();
+        net.warm(&wanted).await;
+        until_ready(&net, &(0..SLOTS).collect::<Vec<_>>()).await;
+        let mut warm = Vec::new();
+        for slot in &wanted {
+            warm.push(timed(net.ensure(*slot)).await);
+        }
+        let mut look = Vec::new();
+        for slot in &wanted {
+            let start = Instant::now();
+            net.look(*slot).await.unwrap().unwrap();
+            look.push(start.elapsed());
+        }
+        let start = Instant::now();
+        let removals: Vec<_> = wanted.iter().map(|slot| net.remove(*slot)).collect();
+        for removed in join_all(removals).await {
+            removed.unwrap();
+        }
+        let all = start.elapsed();
+        for (what, times) in [("cold ensure", cold), ("warm ensure", warm), ("remove", gone), ("look", look)] {
+            println!("{what}: {}", summary(times));
+        }
+        println!("remove of {SLOTS} at once: {all:?}");
+    });
+}
+
+async fn timed(work: impl Future<Output = clawpot_types::Result<()>>) -> Duration {
+    let start = Instant::now();
+    work.await.unwrap();
+    start.elapsed()
+}
+
+async fn join_all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
+    let mut futures: Vec<_> = futures.into_iter().map(|future| (Box::pin(future), None)).collect();
+    std::future::poll_fn(|context| {
+        for (future, output) in futures.iter_mut().filter(|(_, output)| output.is_none()) {
+            if let std::task::Poll::Ready(value) = future.as_mut().poll(context) {
+                *output = Some(value);
+            }
+        }
+        match futures.iter().all(|(_, output)| output.is_some()) {
+            true => std::task::Poll::Ready(()),
+            false => std::task::Poll::Pending,
+        }
+    })
+    .await;
+    futures.into_iter().filter_map(|(_, output)| output).collect()
+}
+
+fn summary(mut times: Vec<Duration>) -> String {
+    times.sort();
+    let median = times[times.len() / 2];
+    format!("median {median:?}, min {:?}, max {:?}, n={}", times[0], times[times.len() - 1], times.len())
+}

@@ -1,0 +1,7 @@
+//! Against a real kernel: needs root, says so and passes otherwise. Everything happens in namespaces that the test makes:
+//! a `host`, in which the server's code runs, an `internet` behind it, and guests behind the slots' taps.
+
+mod crash;
+mod isolation;
+mod lifecycle;
+mod world;

@@ -1,0 +1,52 @@
+//! Makes the slots ready that are likely to be asked for next, one at a time, so that a create makes no link.
+
+use std::sync::Arc;
+
+use clawpot_types::{Result, Slot};
+use tokio::sync::watch;
+
+use crate::mark::{RulesDigest, Standing};
+use crate::work::Workshop;
+
+/// Until nobody can want anything any more.
+pub(crate) async fn run(shop: Arc<Workshop>, mut wanted: watch::Receiver<Option<Vec<Slot>>>) {
+    while wanted.changed().await.is_ok() {
+        let Some(slots) = wanted.borrow_and_update().clone() else { return };
+        if let Err(error) = serve(&shop, &slots, &wanted).await {
+            // The next wish tries again; a create makes its slot itself meanwhile.
+            tracing::warn!(error = error.chain(), "network slots could not be made ready ahead");
+        }
+    }
+}
+
+/// Returns early when the wish has changed.
+async fn serve(shop: &Arc<Workshop>, slots: &[Slot], wanted: &watch::Receiver<Option<Vec<Slot>>>) -> Result<()> {
+    // An address that the host has lost or got changes the rules.
+    let digest = shop.block(|shop| shop.rules().map(|(_, digest)| digest)).await?;
+    for (slot, made_with) in shop.ready() {
+        if !slots.contains(&slot) || made_with != digest {
+            let turn = shop.turn(slot).await?;
+            // Given away meanwhile?
+            if matches!(shop.standing(slot), Standing::Ready(_)) {
+                shop.remove(slot, &turn).await?;
+            }
+        }
+    }
+    for slot in slots {
+        if wanted.has_changed().unwrap_or(true) {
+            return Ok(());
+        }
+        make_one(shop, *slot, digest).await?;
+    }
+    Ok(())
+}
+
+async fn make_one(shop: &Arc<Workshop>, slot: Slot, digest: RulesDigest) -> Result<()> {
+    let turn = shop.turn(slot).await?;
+    match shop.standing(slot) {
+        // A leftover is its finder's business: its machine may still be there.
+        Standing::Given | Standing::Leftover => Ok(()),
+        Standing::Ready(made_with) if made_with == digest => Ok(()),
+        Standing::Ready(_) | Standing::Absent => shop.make(slot, &turn).await,
+    }
+}

@@ -1,0 +1,219 @@
+//! What is done to one slot, under that slot's lock and to its end: a caller that goes away stops nothing half way.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use clawpot_types::{Error, Kind, Result, Slot};
+use tokio::sync::{OwnedMutexGuard, Semaphore};
+use tokio::time::{Instant, sleep};
+
+use crate::kernel::netns;
+use crate::kernel::nft::Nft;
+use crate::mark::{Mark, RulesDigest, Standing};
+use crate::rules;
+use crate::rules::nft::Transaction;
+use crate::slot::Site;
+use crate::steps::{Step, Steps};
+use crate::table::HostTable;
+
+/// Slots made or removed at a time: the kernel's lock on all links lets them pass one by one anyway.
+const AT_ONCE: usize = 4;
+
+/// A veth goes 4–30 ms after its namespace's name, later when many go at once; after this somebody must be holding it.
+const LINK_GOES_BY_ITSELF: Duration = Duration::from_millis(500);
+/// And this long after that it is an error.
+const LINK_GOES: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+pub(crate) struct Workshop {
+    pub(crate) site: Site,
+    pub(crate) nft: Nft,
+    pub(crate) table: HostTable,
+    pub(crate) steps: Steps,
+    standing: Mutex<Vec<Standing>>,
+    locks: Vec<Arc<tokio::sync::Mutex<()>>>,
+    hands: Semaphore,
+}
+
+/// Holder of a slot's lock.
+pub(crate) type Turn = OwnedMutexGuard<()>;
+
+impl Workshop {
+    /// `standing`: of every slot of the block, in order.
+    pub(crate) fn new(site: Site, nft: Nft, table: HostTable, standing: Vec<Standing>) -> Self {
+        let locks = standing.iter().map(|_| Arc::default()).collect();
+        Self {
+            site,
+            nft,
+            table,
+            steps: Steps::default(),
+            standing: Mutex::new(standing),
+            locks,
+            hands: Semaphore::new(AT_ONCE),
+        }
+    }
+
+    pub(crate) async fn turn(&self, slot: Slot) -> Result<Turn> {
+        let lock = self.locks.get(place(slot)).ok_or_else(|| no_such(slot))?;
+        Ok(Arc::clone(lock).lock_owned().await)
+    }
+
+    pub(crate) fn standing(&self, slot: Slot) -> Standing {
+        self.all().get(place(slot)).copied().unwrap_or(Standing::Absent)
+    }
+
+    pub(crate) fn ready(&self) -> Vec<(Slot, RulesDigest)> {
+        let all = self.all();
+        let ready = |(slot, standing): (Slot, &Standing)| match standing {
+            Standing::Ready(digest) => Some((slot, *digest)),
+            _ => None,
+        };
+        (0..).map(Slot).zip(all.iter()).filter_map(ready).collect()
+    }
+
+    fn set(&self, slot: Slot, standing: Standing) {
+        if let Some(old) = self.all().get_mut(place(slot)) {
+            *old = standing;
+        }
+    }
+
+    fn all(&self) -> MutexGuard<'_, Vec<Standing>> {
+        // Each entry is written whole.
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn may_talk(&self, slot: Slot) -> Result<bool> {
+        Ok(self.standing(slot) == Standing::Given && netns::is_mounted(&self.site.netns(slot))?)
+    }
+
+    /// Until the slot may talk.
+    pub(crate) async fn ensure(self: &Arc<Self>, slot: Slot, turn: &Turn) -> Result<()> {
+        if self.may_talk(slot)? {
+            return Ok(());
+        }
+        let ready = matches!(self.standing(slot), Standing::Ready(_)) && netns::is_mounted(&self.site.netns(slot))?;
+        if !ready {
+            self.make(slot, turn).await?;
+        }
+        self.set(slot, Standing::Leftover);
+        self.block(move |shop| shop.site.mark(slot, Mark::Given)).await?;
+        self.steps.reached(Step::MarkedGiven)?;
+        self.table.admit(&self.nft, &self.site, slot).await?;
+        self.steps.reached(Step::Admitted)?;
+        self.set(slot, Standing::Given);
+        Ok(())
+    }
+
+    /// Until the slot is ready, from whatever it was; a given one too, so not to be called for it.
+    pub(crate) async fn make(self: &Arc<Self>, slot: Slot, turn: &Turn) -> Result<()> {
+        if self.standing(slot) != Standing::Absent {
+            self.remove(slot, turn).await?;
+        }
+        let _hand = self.hand().await?;
+        self.set(slot, Standing::Leftover);
+        let (rules, digest) = self
+            .block(move |shop| {
+                let rules = shop.rules()?;
+                shop.site.make(slot, &shop.steps)?;
+                Ok(rules)
+            })
+            .await
+            .map_err(|error| error.context(format!("network slot {slot}: making its namespace and links")))?;
+        let inside = clawpot_host::netns::open(&self.site.netns(slot))?;
+        let what = format!("network slot {slot}: loading its rules");
+        self.nft.run(&rules, Some(inside), &what).await?;
+        self.steps.reached(Step::Rules)?;
+        if !self.block(move |shop| shop.site.mark(slot, Mark::Ready(digest))).await? {
+            return Err(Error::new(
+                Kind::Conflict,
+                format!("network slot {slot}: its link vanished while it was made"),
+            ));
+        }
+        self.steps.reached(Step::MarkedReady)?;
+        self.set(slot, Standing::Ready(digest));
+        Ok(())
+    }
+
+    /// The rules that a slot made now has. Blocks for a moment.
+    pub(crate) fn rules(&self) -> Result<(Transaction, RulesDigest)> {
+        let rules = rules::slot::ruleset(&self.site.block, &self.site.host_addresses()?);
+        let digest = RulesDigest::of(&rules.to_json().to_string());
+        Ok((rules, digest))
+    }
+
+    /// Until nothing of the slot is left.
+    pub(crate) async fn remove(self: &Arc<Self>, slot: Slot, _turn: &Turn) -> Result<()> {
+        let before = self.standing(slot);
+        if before == Standing::Absent && !self.is_anything_there(slot)? {
+            return Ok(());
+        }
+        let hand = self.hand().await?;
+        self.set(slot, Standing::Leftover);
+        if matches!(before, Standing::Ready(_)) {
+            // It never said a word, so nobody has to forget any.
+            self.block(move |shop| shop.site.unname(slot)).await?;
+        } else {
+            self.block(move |shop| shop.site.mark(slot, Mark::Used)).await?;
+            self.steps.reached(Step::MarkedUsed)?;
+            self.table.silence(&self.nft, &self.site, slot).await?;
+            self.steps.reached(Step::Silenced)?;
+            self.block(move |shop| shop.site.unmake(slot, &shop.steps)).await?;
+        }
+        self.steps.reached(Step::Unnamed)?;
+        drop(hand);
+        self.wait_for_link(slot).await?;
+        self.set(slot, Standing::Absent);
+        Ok(())
+    }
+
+    fn is_anything_there(&self, slot: Slot) -> Result<bool> {
+        let path = self.site.netns(slot);
+        let named = path.try_exists().map_err(|error| Error::io(format!("looking at {}", path.display()), error))?;
+        Ok(named || self.site.link_is_known(slot))
+    }
+
+    /// The kernel takes namespaces apart in the background; until the veth is gone its name is not free.
+    async fn wait_for_link(self: &Arc<Self>, slot: Slot) -> Result<()> {
+        let start = Instant::now();
+        let mut pause = Duration::from_millis(1);
+        let mut by_hand = false;
+        while self.site.link_is_known(slot) {
+            if start.elapsed() > LINK_GOES {
+                return Err(Error::new(Kind::Unavailable, format!("network slot {slot}: its link does not go away")));
+            }
+            if !by_hand && start.elapsed() > LINK_GOES_BY_ITSELF {
+                by_hand = true;
+                self.block(move |shop| shop.site.delete_link(slot)).await?;
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(8));
+        }
+        Ok(())
+    }
+
+    async fn hand(&self) -> Result<tokio::sync::SemaphorePermit<'_>> {
+        self.hands
+            .acquire()
+            .await
+            .map_err(|closed| Error::new(Kind::Internal, "waiting to work on a network slot").because(closed))
+    }
+
+    /// Blocking work, where it blocks nobody else.
+    pub(crate) async fn block<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let shop = Arc::clone(self);
+        tokio::task::spawn_blocking(move || work(&shop))
+            .await
+            .unwrap_or_else(|error| Err(Error::new(Kind::Internal, "working on a network slot").because(error)))
+    }
+}
+
+pub(crate) fn no_such(slot: Slot) -> Error {
+    Error::new(Kind::InvalidArgument, format!("network slot {slot}: no such slot"))
+}
+
+fn place(slot: Slot) -> usize {
+    usize::try_from(slot.0).unwrap_or(usize::MAX)
+}
