@@ -19,6 +19,9 @@ pub(crate) struct Kept {
     pub(crate) events_age: Duration,
 }
 
+/// On a full disk fewer changes are kept: the pages of the others are what deleting is written to.
+const CHANGES_ON_A_FULL_DISK: u64 = 256;
+
 /// Whether new keys are taken in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Room {
@@ -67,19 +70,19 @@ impl<'a> Batch<'a> {
             return Ok(TxnOutcome::Committed(Revision(self.revision)));
         }
         self.revision += 1;
-        for (seq, op) in (0..).zip(&txn.ops) {
+        for op in &txn.ops {
             match op {
-                Op::Put { key, value } => self.put(seq, key, value)?,
-                Op::Delete { key } => self.delete(seq, key)?,
+                Op::Put { key, value } => self.put(key, value)?,
+                Op::Delete { key } => self.delete(key)?,
             }
         }
         Ok(TxnOutcome::Committed(Revision(self.revision)))
     }
 
-    fn put(&mut self, seq: i64, key: &str, value: &[u8]) -> Result<()> {
+    fn put(&mut self, key: &str, value: &[u8]) -> Result<()> {
         let what = || format!("state store: writing {key}");
-        let text = std::str::from_utf8(value)
-            .map_err(|error| Error::new(Kind::InvalidArgument, what()).because(error))?;
+        let text =
+            std::str::from_utf8(value).map_err(|error| Error::new(Kind::InvalidArgument, what()).because(error))?;
         let revision = to_sql(self.revision)?;
         let done = match rows::find(self.conn, key)? {
             Some(row) => self
@@ -93,24 +96,26 @@ impl<'a> Batch<'a> {
                 .and_then(|mut statement| statement.execute((key, revision, text))),
         };
         done.map_err(|error| sql(what(), error))?;
-        self.log_change(seq, key, Some(text)).map_err(|error| sql(what(), error))
+        self.log_change(key, Some(text)).map_err(|error| sql(what(), error))
     }
 
-    fn delete(&mut self, seq: i64, key: &str) -> Result<()> {
+    fn delete(&mut self, key: &str) -> Result<()> {
         let what = || format!("state store: deleting {key}");
         let Some(row) = rows::find(self.conn, key)? else { return Ok(()) };
         self.conn
             .prepare_cached("DELETE FROM kv WHERE id = ?1")
             .and_then(|mut statement| statement.execute([row.id]))
             .map_err(|error| sql(what(), error))?;
-        self.log_change(seq, key, None).map_err(|error| sql(what(), error))
+        self.log_change(key, None).map_err(|error| sql(what(), error))
     }
 
-    fn log_change(&mut self, seq: i64, key: &str, value: Option<&str>) -> rusqlite::Result<()> {
+    fn log_change(&mut self, key: &str, value: Option<&str>) -> rusqlite::Result<()> {
         let revision = Revision(self.revision);
-        self.conn
-            .prepare_cached("INSERT INTO changes (revision, seq, key, value) VALUES (?1, ?2, ?3, ?4)")?
-            .execute((self.revision.cast_signed(), seq, key, value))?;
+        self.conn.prepare_cached("INSERT INTO changes (revision, key, value) VALUES (?1, ?2, ?3)")?.execute((
+            self.revision.cast_signed(),
+            key,
+            value,
+        ))?;
         self.changes.push(Change { key: key.to_owned(), value: value.map(|text| text.as_bytes().to_vec()), revision });
         Ok(())
     }
@@ -123,8 +128,8 @@ impl<'a> Batch<'a> {
         }
         for event in events {
             let what = || format!("event log: writing {} of VM {}", event.kind, event.vm);
-            let body = serde_json::to_string(event)
-                .map_err(|error| Error::new(Kind::Internal, what()).because(error))?;
+            let body =
+                serde_json::to_string(event).map_err(|error| Error::new(Kind::Internal, what()).because(error))?;
             let row = (to_sql(event.id.0)?, event.vm.as_str(), &event.kind, to_sql(event.time.0)?, body);
             let added = self
                 .conn
@@ -142,9 +147,10 @@ impl<'a> Batch<'a> {
     pub(crate) fn finish(&mut self, kept: &Kept) -> Result<()> {
         self.trim_events(kept)?;
         let write = |error| sql("state store: writing its counters", error);
+        let keep = if self.room == Room::Ample { kept.changes } else { kept.changes.min(CHANGES_ON_A_FULL_DISK) };
         // Not at every commit: a quarter more than is kept is the price of trimming a quarter at a time.
-        if self.revision - self.changes_floor >= kept.changes + kept.changes / 4 + 1 {
-            self.changes_floor = self.revision.saturating_sub(kept.changes);
+        if self.revision - self.changes_floor > keep + keep / 4 {
+            self.changes_floor = self.revision.saturating_sub(keep);
             let floor = to_sql(self.changes_floor)?;
             self.conn.execute("DELETE FROM changes WHERE revision <= ?1", [floor]).map_err(write)?;
             schema::set_meta(self.conn, "changes_floor", floor).map_err(write)?;
@@ -173,7 +179,10 @@ impl<'a> Batch<'a> {
             .conn
             .prepare_cached(sql_text)
             .and_then(|mut statement| {
-                let ids = statement.query_map((to_sql(too_many).unwrap_or(0), to_sql(too_old.0).unwrap_or(0), last.cast_signed()), |row| row.get(0))?;
+                let ids = statement.query_map(
+                    (to_sql(too_many).unwrap_or(0), to_sql(too_old.0).unwrap_or(0), last.cast_signed()),
+                    |row| row.get(0),
+                )?;
                 ids.collect::<rusqlite::Result<Vec<i64>>>()
             })
             .map_err(write)?

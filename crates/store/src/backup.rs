@@ -40,9 +40,9 @@ pub fn backup(state_dir: &Path, to: &Path) -> Result<()> {
 /// Made here, so that only the owner may read it, and beside `to`, so that renaming is atomic.
 fn temporary_beside(to: &Path) -> Result<PathBuf> {
     use std::os::unix::fs::OpenOptionsExt as _;
-    let name = to.file_name().ok_or_else(|| {
-        Error::new(Kind::InvalidArgument, format!("{}: not a file's name", to.display()))
-    })?;
+    let name = to
+        .file_name()
+        .ok_or_else(|| Error::new(Kind::InvalidArgument, format!("{}: not a file's name", to.display())))?;
     let temporary = to.with_file_name(format!(".{}.{}.part", name.to_string_lossy(), std::process::id()));
     File::options()
         .write(true)
@@ -70,9 +70,7 @@ fn copy(from: &Path, temporary: &Path) -> Result<()> {
             }
         }
     }
-    target
-        .execute_batch("PRAGMA journal_mode = DELETE; DELETE FROM meta WHERE name = 'epoch';")
-        .map_err(failed)?;
+    target.execute_batch("PRAGMA journal_mode = DELETE; DELETE FROM meta WHERE name = 'epoch';").map_err(failed)?;
     let verdict: String = target.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0)).map_err(failed)?;
     if verdict != "ok" {
         return Err(Error::new(Kind::Corrupt, format!("the state store {}: {verdict}", from.display()))

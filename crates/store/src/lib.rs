@@ -14,8 +14,8 @@
 //! Architecture Invariant: the writer's thread alone writes the database, and a change is published only once it is committed.
 
 mod apply;
-mod ballast;
 pub mod backup;
+mod ballast;
 mod error;
 mod hub;
 pub mod lock;

@@ -19,7 +19,10 @@ const BATCH: usize = 256;
 const LINGER: Duration = Duration::from_millis(5);
 
 pub(crate) enum Job {
-    Txn { txn: Txn, reply: oneshot::Sender<Result<TxnOutcome>> },
+    Txn {
+        txn: Txn,
+        reply: oneshot::Sender<Result<TxnOutcome>>,
+    },
     Events(Vec<Event>),
     /// Answered when all that was queued before is committed.
     Flush(oneshot::Sender<()>),

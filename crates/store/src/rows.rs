@@ -103,8 +103,8 @@ pub(crate) fn changes(conn: &Connection, prefix: &str, cursor: Cursor, until: u6
     let what = || format!("state store: reading the changes under {prefix}");
     let read = conn.unchecked_transaction().map_err(|error| sql(what(), error))?;
     check_floor(&read, "changes_floor", cursor)?;
-    let text = "SELECT revision, seq, key, value FROM changes WHERE (revision, seq) > (?1, ?2) AND revision <= ?3
-                AND key >= ?4 AND key < ?5 ORDER BY revision, seq LIMIT ?6";
+    let text = "SELECT revision, id, key, value FROM changes WHERE (revision, id) > (?1, ?2) AND revision <= ?3
+                AND key >= ?4 AND key < ?5 ORDER BY revision, id LIMIT ?6";
     let limit = i64::try_from(PAGE).unwrap_or(i64::MAX);
     let mut statement = read.prepare_cached(text).map_err(|error| sql(what(), error))?;
     let parameters = (to_sql(cursor.0)?, to_sql(cursor.1)?, to_sql(until)?, prefix, after_prefix(prefix), limit);
@@ -116,8 +116,8 @@ pub(crate) fn changes(conn: &Connection, prefix: &str, cursor: Cursor, until: u6
         .and_then(Iterator::collect::<rusqlite::Result<Vec<_>>>)
         .map_err(|error| sql(what(), error))?;
     page.into_iter()
-        .map(|(revision, seq, key, value)| {
-            let at = (from_sql(revision)?, from_sql(seq)?);
+        .map(|(revision, id, key, value)| {
+            let at = (from_sql(revision)?, from_sql(id)?);
             Ok((at, Change { key, value: value.map(String::into_bytes), revision: Revision(at.0) }))
         })
         .collect()

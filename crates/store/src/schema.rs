@@ -19,12 +19,13 @@ const BUSY: Duration = Duration::from_secs(5);
 /// Entry n takes a file of version n to n + 1; a new file takes all of them. Never edit one that was released.
 const MIGRATIONS: [&str; 2] = [
     // `kv_key` covers the revision, so that a row whose value lies on a damaged page is still listed and guarded.
+    // `changes` has a row id although its key is the revision: in a table without one, two records never fit one page.
     // `value` may be anything, so that what an operator or a bit flip made of it is seen and not refused.
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
      CREATE TABLE kv (id INTEGER PRIMARY KEY, key TEXT NOT NULL, revision INTEGER NOT NULL, value ANY NOT NULL) STRICT;
      CREATE UNIQUE INDEX kv_key ON kv (key, revision);
-     CREATE TABLE changes (revision INTEGER NOT NULL, seq INTEGER NOT NULL, key TEXT NOT NULL, value TEXT,
-                           PRIMARY KEY (revision, seq)) STRICT, WITHOUT ROWID;
+     CREATE TABLE changes (id INTEGER PRIMARY KEY, revision INTEGER NOT NULL, key TEXT NOT NULL, value TEXT) STRICT;
+     CREATE INDEX changes_revision ON changes (revision);
      INSERT INTO meta VALUES ('revision', 0), ('changes_floor', 0);",
     "CREATE TABLE events (seq INTEGER PRIMARY KEY AUTOINCREMENT, id INTEGER NOT NULL, vm TEXT NOT NULL,
                           kind TEXT NOT NULL, time INTEGER NOT NULL, body ANY NOT NULL) STRICT;
@@ -44,18 +45,13 @@ const _: () = assert!(MIGRATIONS.len() == 2, "VERSION is the number of migration
 pub(crate) fn open(path: &Path) -> Result<Connection> {
     let what = || format!("state store {}", path.display());
     // Made by us first: SQLite would make it readable by everyone, and gives its -wal and -shm the mode of this one.
-    OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-        .map_err(|error| Error::io(what(), error).hint("the server's user must be able to write the state directory"))?;
+    OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path).map_err(|error| {
+        Error::io(what(), error).hint("the server's user must be able to write the state directory")
+    })?;
     let mut conn = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
     let version = check_ours(&conn, path)?;
-    let mode: String = conn
-        .query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))
-        .map_err(|error| error::sql(what(), error))?;
+    let mode: String =
+        conn.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(|error| error::sql(what(), error))?;
     if mode != "wal" {
         let text = format!("{}: its filesystem cannot hold a write-ahead log (SQLite says {mode:?})", what());
         return Err(Error::new(Kind::Unsupported, text).hint("use a local filesystem for the state directory"));
@@ -73,8 +69,10 @@ pub(crate) fn connect(path: &Path, access: OpenFlags) -> Result<Connection> {
     conn.busy_timeout(BUSY).map_err(|error| error::sql(what(), error))?;
     conn.set_prepared_statement_cache_capacity(32);
     // Checkpoints are made by the writer, between batches. The file is cut back to 8 MiB when it was larger.
-    conn.execute_batch("PRAGMA wal_autocheckpoint = 0; PRAGMA journal_size_limit = 8388608; PRAGMA cell_size_check = ON")
-        .map_err(|error| error::sql(what(), error))?;
+    conn.execute_batch(
+        "PRAGMA wal_autocheckpoint = 0; PRAGMA journal_size_limit = 8388608; PRAGMA cell_size_check = ON",
+    )
+    .map_err(|error| error::sql(what(), error))?;
     Ok(conn)
 }
 

@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use clawpot_core::event::Event;
-use clawpot_core::ports::{
-    BoxStream, Change, Entry, EventLog, Listing, Op, StateStore, Txn, TxnOutcome,
-};
+use clawpot_core::ports::{BoxStream, Change, Entry, EventLog, Listing, Op, StateStore, Txn, TxnOutcome};
 use clawpot_types::{Error, Kind, Result, Revision, VmId};
 use futures_util::StreamExt as _;
 use rusqlite::Connection;
@@ -100,7 +98,10 @@ impl SqliteStore {
         let room = match ballast.take() {
             Ok(()) => Room::Ample,
             Err(error) => {
-                tracing::error!(error = error.chain(), "state store: the disk is full; VMs can be deleted, not created");
+                tracing::error!(
+                    error = error.chain(),
+                    "state store: the disk is full; VMs can be deleted, not created"
+                );
                 Room::DeletesOnly
             }
         };
@@ -108,8 +109,7 @@ impl SqliteStore {
         let hub = Arc::new(Hub::new(&positions(&conn)?));
         let readers = Arc::new(Readers::open(&path)?);
         let queue = Arc::new(Queue::new());
-        let kept =
-            Kept { changes: options.changes_kept, events: options.events_kept, events_age: options.events_age };
+        let kept = Kept { changes: options.changes_kept, events: options.events_kept, events_age: options.events_age };
         let writer = Writer::new(conn, Arc::clone(&hub), ballast, room, kept);
         let served = Arc::clone(&queue);
         let writer = std::thread::Builder::new()
@@ -173,9 +173,8 @@ impl StateStore for SqliteStore {
         let (live, until) = {
             let mut topic = self.hub.changes();
             check_reach(from, topic.floor(), topic.position())?;
-            let live = topic.subscribe(self.options.watcher_backlog, move |change: &Change| {
-                change.key.starts_with(&wanted)
-            });
+            let live =
+                topic.subscribe(self.options.watcher_backlog, move |change: &Change| change.key.starts_with(&wanted));
             (live, topic.position())
         };
         let page = move |conn: &Connection, cursor: Cursor| rows::changes(conn, &prefix, cursor, until);

@@ -1,7 +1,7 @@
 //! The one thread that writes: group commit, publishing, and room for deletes on a full disk.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clawpot_core::ports::{Durability, TxnOutcome};
 use clawpot_types::{Kind, Result};
@@ -51,6 +51,7 @@ impl Writer {
     /// Until the queue is closed and empty.
     pub(crate) fn run(mut self, queue: Arc<Queue>) {
         let _close = CloseAtEnd(Arc::clone(&queue), Arc::clone(&self.hub));
+        let mut looked = Instant::now();
         loop {
             let idle = (self.room == Room::DeletesOnly).then_some(BALLAST_RETRY);
             match queue.take(idle) {
@@ -58,8 +59,13 @@ impl Writer {
                     self.serve(jobs);
                     self.checkpoint_if_due();
                 }
-                Woken::Idle => self.retake_ballast(),
+                Woken::Idle => {}
                 Woken::Closed => return,
+            }
+            // Also when it is never idle.
+            if self.room == Room::DeletesOnly && looked.elapsed() >= BALLAST_RETRY {
+                self.retake_ballast();
+                looked = Instant::now();
             }
         }
     }
@@ -146,7 +152,10 @@ impl Writer {
         }
         self.commits_since_checkpoint = 0;
         if let Err(error) = self.conn.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(())) {
-            tracing::warn!(error = error.to_string(), "state store: a checkpoint failed; the log grows until one works");
+            tracing::warn!(
+                error = error.to_string(),
+                "state store: a checkpoint failed; the log grows until one works"
+            );
         }
     }
 

@@ -1,5 +1,7 @@
 //! SQLite keeps the promises of the port.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::time::Duration;
 
 use clawpot_store::{Options, SqliteStore, StateLock};

@@ -1,5 +1,7 @@
 //! The store as files: opening, versions, damage, backup, full disks, sudden death.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::os::unix::fs::PermissionsExt as _;
@@ -93,7 +95,9 @@ async fn a_damaged_page_hides_no_row() {
     };
     let mut bytes = std::fs::read(path(&state.dir())).unwrap();
     bytes[(page - 1) * 4096..page * 4096].fill(0xa5);
-    std::fs::File::create(path(&state.dir())).and_then(|mut file| std::io::Write::write_all(&mut file, &bytes)).unwrap();
+    std::fs::File::create(path(&state.dir()))
+        .and_then(|mut file| std::io::Write::write_all(&mut file, &bytes))
+        .unwrap();
     state.open();
     let listing = StateStore::list(state.store(), "vms/").await.unwrap();
     assert!(!listing.unreadable.is_empty() && !listing.entries.is_empty());

@@ -1,5 +1,7 @@
 //! `kill -9`: what was acknowledged is there, whatever its durability.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::collections::BTreeSet;

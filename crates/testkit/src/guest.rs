@@ -137,7 +137,8 @@ impl Attachment {
 
     async fn next(&mut self) -> Result<ExecOutput> {
         loop {
-            let (host, machine, exec, seen) = (Arc::clone(&self.host), self.machine.clone(), self.exec.clone(), self.seen);
+            let (host, machine, exec, seen) =
+                (Arc::clone(&self.host), self.machine.clone(), self.exec.clone(), self.seen);
             let told = host.wait_for(|inventory| output(inventory, &machine, &exec, seen));
             let Some(input) = &mut self.input else { break };
             tokio::select! {

@@ -55,7 +55,8 @@ impl Vmm for FakeVmm {
 
     async fn attach(&self, id: &MachineId, _seat: &Seat) -> Result<GuestEndpoint> {
         let work = || {
-            let lives = matches!(self.host.lock().machines.get(id).map(|m| &m.process), Some(FakeProcess::Lives { .. }));
+            let lives =
+                matches!(self.host.lock().machines.get(id).map(|m| &m.process), Some(FakeProcess::Lives { .. }));
             if !lives {
                 return Err(Error::new(Kind::NotFound, format!("machine {id}: no process to attach to")));
             }

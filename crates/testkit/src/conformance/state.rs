@@ -329,7 +329,7 @@ pub async fn list_and_watch_make_a_projection(make: Make) {
         for step in 0..total {
             let draw = crate::time::mix(step);
             let key = format!("k/{}", draw % 10);
-            let op = if draw % 3 == 0 { delete(&key) } else { put(&key, &step.to_string()) };
+            let op = if draw.is_multiple_of(3) { delete(&key) } else { put(&key, &step.to_string()) };
             commit(&store, vec![], vec![op]).await;
         }
         commit(&store, vec![], vec![put("k/last", "1")]).await;
