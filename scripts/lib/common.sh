@@ -34,7 +34,7 @@ seconds_since() {
   printf '%d.%d' $(((now - $1) / 1000000)) $((((now - $1) / 100000) % 10))
 }
 
-last_line() { tail -c 2000 -- "$1" 2>/dev/null | tr '\r' '\n' | tr -dc '[:print:]\n' | awk 'NF { line = $0 } END { print line }'; }
+last_line() { tail -c 2000 -- "$1" 2>/dev/null | tr '\r' '\n' | tr -dc '[:print:]\n' | awk 'NF { line = $0 } END { print line }' 2>/dev/null; }
 
 # Shows that a step is still going: on a terminal one line redrawn each second, elsewhere a line every 15 s.
 step_ticker() {
