@@ -11,10 +11,10 @@ REPO = Path(__file__).resolve().parents[3]
 T = TypeVar("T")
 
 
-def run(*argv: object, check: bool = True, stdin: str | None = None) -> str:
+def run(*argv: object, check: bool = True, stdin: str | None = None, seconds: float = 60) -> str:
     """A tool's stdout; what it said on stderr is in the error."""
     words = [str(word) for word in argv]
-    done = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=seconds, check=False)
     if check and done.returncode != 0:
         raise RuntimeError(f"{' '.join(words)}: exit {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
