@@ -8,19 +8,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::version::Version;
+use crate::jail::{DISK, INITRAMFS, KERNEL, ROOTFS, VSOCK};
 
 /// How long an ordinary call may take. They take about a millisecond; a loaded host under emulation takes a thousand.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
 /// Reads kernel and initramfs into the guest's memory before it answers.
 const START_LIMIT: Duration = Duration::from_secs(60);
-
-/// Names of files inside the jail, the same for every VM.
-pub const KERNEL: &str = "kernel";
-pub const INITRAMFS: &str = "initramfs";
-pub const ROOTFS: &str = "rootfs";
-pub const DISK: &str = "disk";
-pub const API_SOCKET: &str = "api.sock";
-pub const VSOCK: &str = "v.sock";
 
 /// Bytes per second that a guest's console may bring; above it Firecracker drops them. A boot prints 60 KiB at most, and
 /// without a limit a guest that prints all day keeps a core of the host busy with copying.
@@ -31,7 +24,6 @@ const CONSOLE_RATE: u64 = 1 << 20;
 pub enum Method {
     Get,
     Put,
-    Patch,
 }
 
 /// One request.
@@ -49,15 +41,11 @@ impl Call {
         Self { method: Method::Get, path: path.to_owned(), body: Value::Null }
     }
 
-    fn with(method: Method, path: impl Into<String>, body: &impl Serialize) -> Result<Self> {
+    fn put(path: impl Into<String>, body: &impl Serialize) -> Result<Self> {
         let path = path.into();
         let body = serde_json::to_value(body)
             .map_err(|error| Error::new(Kind::Internal, format!("Firecracker's {path}: writing it")).because(error))?;
-        Ok(Self { method, path, body })
-    }
-
-    fn put(path: impl Into<String>, body: &impl Serialize) -> Result<Self> {
-        Self::with(Method::Put, path, body)
+        Ok(Self { method: Method::Put, path, body })
     }
 
     /// Starts the guest: the last call of a boot.
@@ -65,26 +53,10 @@ impl Call {
         Self::put("/actions", &Action { action_type: "InstanceStart" })
     }
 
-    pub fn set_state(state: Resumable) -> Result<Self> {
-        Self::with(Method::Patch, "/vm", &VmState { state })
-    }
-
     #[must_use]
     pub fn limit(&self) -> Duration {
         if self.path == "/actions" { START_LIMIT } else { CALL_LIMIT }
     }
-}
-
-/// States that `PATCH /vm` takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum Resumable {
-    Paused,
-    Resumed,
-}
-
-#[derive(Serialize)]
-struct VmState {
-    state: Resumable,
 }
 
 #[derive(Serialize)]
@@ -261,13 +233,7 @@ mod tests {
 
     #[test]
     fn the_rest() {
-        let calls = [
-            Call::get("/"),
-            Call::get("/version"),
-            Call::set_state(Resumable::Paused).unwrap(),
-            Call::set_state(Resumable::Resumed).unwrap(),
-        ];
-        insta::assert_snapshot!(lines(&calls));
+        insta::assert_snapshot!(lines(&[Call::get("/"), Call::get("/version")]));
     }
 
     #[test]

@@ -66,7 +66,6 @@ fn method(method: Method) -> http::Method {
     match method {
         Method::Get => http::Method::GET,
         Method::Put => http::Method::PUT,
-        Method::Patch => http::Method::PATCH,
     }
 }
 
@@ -119,7 +118,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
-    use crate::firecracker::api::{InstanceState, Resumable};
+    use crate::firecracker::api::InstanceState;
 
     /// Answers one connection with `answer` and returns what was asked.
     async fn serve_once(socket: &Path, answer: String) -> tokio::task::JoinHandle<String> {
@@ -157,11 +156,14 @@ mod tests {
         let socket = temp.path().join("s");
         let body = r#"{"fault_message":"Invalid boot source:\nno such file"}"#;
         let server = serve_once(&socket, response("400 Bad Request", body)).await;
-        let call = Call::set_state(Resumable::Paused).unwrap();
+        let call = Call::start().unwrap();
         let error = Client::new(socket).tell(&call).await.unwrap_err();
-        assert_eq!(error.chain(), "Firecracker's API: PATCH /vm: refused with 400: Invalid boot source: no such file");
+        assert_eq!(
+            error.chain(),
+            "Firecracker's API: PUT /actions: refused with 400: Invalid boot source: no such file"
+        );
         assert_eq!(error.kind(), Kind::FailedPrecondition);
-        assert!(server.await.unwrap().ends_with(r#"{"state":"Paused"}"#));
+        assert!(server.await.unwrap().ends_with(r#"{"action_type":"InstanceStart"}"#));
     }
 
     #[tokio::test]

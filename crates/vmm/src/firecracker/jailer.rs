@@ -10,28 +10,43 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use clawpot_core::MachineId;
 use clawpot_core::ports::Seat;
 
-use super::api::API_SOCKET;
 use super::libs::Toolbox;
+use crate::jail::API_SOCKET;
 
-/// Open files of a VMM: a handful of devices and a descriptor for each vsock connection, of which Firecracker's own limit
-/// is 1023.
-const OPEN_FILES: u32 = 2048;
+/// Open files of a VMM: a handful of devices, and a descriptor for each vsock connection, of which it allows 1023
+/// (`MAX_CONNECTIONS` in its source).
+pub const OPEN_FILES: u64 = 2048;
 
-/// `base`: below it the jail is made, as [`root`] says.
-pub fn arguments(toolbox: &Toolbox, base: &Path, id: &MachineId, seat: &Seat) -> Vec<OsString> {
-    let text = |text: String| OsString::from(text);
-    let mut args: Vec<OsString> = Vec::with_capacity(24);
+/// Whom the VMM becomes, and where.
+#[derive(Clone, Copy, Debug)]
+pub struct Inmate<'a> {
+    pub uid: u32,
+    pub gid: u32,
+    /// `None`: for a guest without network.
+    pub netns: Option<&'a Path>,
+}
+
+impl<'a> Inmate<'a> {
+    pub fn of(seat: &'a Seat) -> Self {
+        Self { uid: seat.uid, gid: seat.gid, netns: Some(&seat.netns) }
+    }
+}
+
+/// The chroot will be `<base>/firecracker/<id>/root`.
+pub fn arguments(toolbox: &Toolbox, base: &Path, id: &str, inmate: &Inmate<'_>) -> Vec<OsString> {
+    let mut args: Vec<OsString> = Vec::with_capacity(19);
     let mut flag = |name: &str, value: OsString| args.extend([OsString::from(name), value]);
-    flag("--id", text(id.to_string()));
+    flag("--id", id.into());
     flag("--exec-file", toolbox.program.clone().into());
-    flag("--uid", text(seat.uid.to_string()));
-    flag("--gid", text(seat.gid.to_string()));
+    flag("--uid", inmate.uid.to_string().into());
+    flag("--gid", inmate.gid.to_string().into());
     flag("--chroot-base-dir", base.into());
-    flag("--netns", seat.netns.clone().into());
-    flag("--resource-limit", text(format!("no-file={OPEN_FILES}")));
+    if let Some(netns) = inmate.netns {
+        flag("--netns", netns.into());
+    }
+    flag("--resource-limit", format!("no-file={OPEN_FILES}").into());
     // What follows is Firecracker's.
     args.push("--".into());
     args.extend(["--api-sock", API_SOCKET, "--level", "Error"].map(OsString::from));
@@ -40,22 +55,14 @@ pub fn arguments(toolbox: &Toolbox, base: &Path, id: &MachineId, seat: &Seat) ->
 
 #[cfg(test)]
 mod tests {
-    use clawpot_types::{Incarnation, Slot};
-
     use super::*;
 
     #[test]
     fn the_command_line() {
         let toolbox = Toolbox::for_tests("/state/firecracker/firecracker", "/opt/jailer");
-        let id = MachineId { vm: "abcdefghijklmnop".parse().unwrap(), incarnation: Incarnation(3) };
-        let seat = Seat {
-            slot: Slot(7),
-            uid: 1_900_000_007,
-            gid: 1_900_000_007,
-            netns: "/run/netns/cp3f-7".into(),
-            address: [10, 0, 0, 7].into(),
-        };
-        let args = arguments(&toolbox, Path::new("/state/jail"), &id, &seat);
+        let netns = Path::new("/run/netns/cp3f-7");
+        let inmate = Inmate { uid: 1_900_000_007, gid: 1_900_000_007, netns: Some(netns) };
+        let args = arguments(&toolbox, Path::new("/state/jail"), "abcdefghijklmnop-3", &inmate);
         let text: Vec<_> = args.iter().map(|arg| arg.to_str().unwrap()).collect();
         insta::assert_snapshot!(text.join("\n"));
     }

@@ -5,10 +5,13 @@ use std::str::FromStr;
 
 use clawpot_types::{Error, Kind, Result};
 
+/// Major, minor, patch.
+type Numbers = (u16, u16, u16);
+
 /// `major.minor.patch`; a suffix ("-dev", "-dirty") is kept for people and does not count in comparisons.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
-    numbers: (u16, u16, u16),
+    numbers: Numbers,
     suffix: String,
 }
 
@@ -18,7 +21,7 @@ pub struct Flaw {
     pub name: &'static str,
     pub what: &'static str,
     /// Ranges of affected releases, both ends included.
-    affected: &'static [((u16, u16, u16), (u16, u16, u16))],
+    affected: &'static [(Numbers, Numbers)],
 }
 
 /// Ranges as the advisories give them.
@@ -36,7 +39,7 @@ const FLAWS: &[Flaw] = &[
 ];
 
 /// The oldest release that is driven (DESIGN §7): older ones have both flaws above in some form and another jailer.
-const OLDEST: (u16, u16, u16) = (1, 15, 1);
+const OLDEST: Numbers = (1, 15, 1);
 
 impl Version {
     /// The version in what `firecracker --version` or `jailer --version` prints ("Firecracker v1.16.1").

@@ -1,0 +1,146 @@
+//! The [`Vmm`] port.
+
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use clawpot_core::ports::{Capabilities, GuestEndpoint, Machine, Seat, Vmm};
+use clawpot_core::{Fact, MachineId, VmmFact, VmmKind};
+use clawpot_host::process::{Rlimits, Spawn};
+use clawpot_types::{InstanceId, Result};
+
+use super::api::Boot;
+use super::boot::{self, Site};
+use super::libs::Toolbox;
+use super::{jailer, probe};
+use crate::cmdline::{self, Transport};
+use crate::console::Consoles;
+use crate::jail::{Jail, Jails, VSOCK};
+
+/// Runs each VM in a Firecracker inside the jailer's chroot. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Firecracker {
+    jails: Jails,
+    toolbox: Toolbox,
+    state: PathBuf,
+    instance: InstanceId,
+}
+
+impl Firecracker {
+    /// `firecracker`, `jailer`: of one release. Keeps a copy of what is run in `state/firecracker`.
+    /// `NotFound`, `InvalidArgument`: no such program; `Unsupported`: too old a release; `FailedPrecondition`: two releases, or
+    /// a library is missing.
+    pub async fn new(
+        state: &Path,
+        instance: &InstanceId,
+        consoles: Consoles,
+        firecracker: &Path,
+        jailer: &Path,
+    ) -> Result<Self> {
+        let toolbox = Toolbox::install(firecracker, jailer, &state.join("firecracker")).await?;
+        let jails = Jails::new(state, instance, VmmKind::Firecracker, consoles)?;
+        let driver = Self { jails, toolbox, state: state.to_owned(), instance: instance.clone() };
+        for warning in driver.warnings() {
+            tracing::warn!(firecracker = %firecracker.display(), "{warning}");
+        }
+        Ok(driver)
+    }
+
+    /// What is wrong with the programs, though they are used.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let version = &self.toolbox.version;
+        let flaws = version.flaws().map(|flaw| format!("Firecracker {version} has {}: {}", flaw.name, flaw.what));
+        let dynamic = (!self.toolbox.is_static()).then(|| {
+            "this Firecracker is dynamically linked: it is no official release and has no default seccomp filter; its \
+             libraries are linked into each jail"
+                .to_owned()
+        });
+        flaws.chain(dynamic).collect()
+    }
+
+    /// Boots `kernel` once, without devices, and tells whether it ran: see [`probe`].
+    pub async fn probe(&self, kernel: &Path, initramfs: &Path) -> Result<probe::Probed> {
+        probe::run(&self.toolbox, &self.state, &self.instance, kernel, initramfs).await
+    }
+
+    /// The copy of the program that machines are started with.
+    #[must_use]
+    pub fn program(&self) -> &Path {
+        &self.toolbox.program
+    }
+
+    async fn boot(&self, id: &MachineId, seat: &Seat) -> Result<()> {
+        let jail = self.jails.jail(id)?;
+        let name = id.to_string();
+        let site = Site { id: &name, dir: jail.dir(), cgroup: jail.cgroup() };
+        boot::boot(&site, seat).await.map_err(|error| error.context(format!("machine {id}: booting its guest")))
+    }
+}
+
+/// What [`Jails::start`] runs.
+fn spawn(toolbox: &Toolbox, base: &Path, jail: &Jail, machine: &Machine) -> Result<Spawn> {
+    toolbox.furnish(&jail.root())?;
+    let boot = Boot {
+        vcpus: machine.vcpus,
+        memory: machine.memory,
+        boot_args: cmdline::line(machine, cmdline::FIRECRACKER, Transport::Vsock),
+        devices: true,
+    };
+    boot::write(jail.dir(), &boot)?;
+    let id = machine.id.to_string();
+    Ok(jailer_with(toolbox, jailer::arguments(toolbox, base, &id, &jailer::Inmate::of(&machine.seat))))
+}
+
+/// The jailer starts as root and becomes the inmate itself.
+pub(super) fn jailer_with(toolbox: &Toolbox, args: Vec<std::ffi::OsString>) -> Spawn {
+    let rlimits = Rlimits { nofile: jailer::OPEN_FILES, ..Rlimits::default() };
+    Spawn::new(&toolbox.jailer).args(args).rlimits(rlimits)
+}
+
+#[async_trait]
+impl Vmm for Firecracker {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            kind: VmmKind::Firecracker,
+            version: self.toolbox.version.to_string(),
+            // Of this driver, so far.
+            snapshots: false,
+        }
+    }
+
+    async fn prepare(&self, machine: &Machine) -> Result<()> {
+        self.jails.prepare(machine).await
+    }
+
+    async fn start(&self, machine: &Machine) -> Result<()> {
+        let (toolbox, base, described) = (self.toolbox.clone(), self.state.join("jail"), machine.clone());
+        self.jails.start(&machine.id, move |jail| spawn(&toolbox, &base, jail, &described)).await?;
+        self.boot(&machine.id, &machine.seat).await
+    }
+
+    async fn attach(&self, id: &MachineId, seat: &Seat) -> Result<GuestEndpoint> {
+        self.jails.attach(id)?;
+        self.boot(id, seat).await?;
+        Ok(GuestEndpoint::Vsock(self.jails.jail(id)?.file(VSOCK)))
+    }
+
+    async fn inspect(&self, id: &MachineId) -> Fact<VmmFact> {
+        self.jails.inspect(id).await
+    }
+
+    async fn exited(&self, id: &MachineId) {
+        self.jails.exited(id).await;
+    }
+
+    async fn stop(&self, id: &MachineId) -> Result<()> {
+        self.jails.stop(id)
+    }
+
+    async fn destroy(&self, id: &MachineId) -> Result<()> {
+        self.jails.destroy(id).await
+    }
+
+    async fn list(&self) -> Result<Vec<MachineId>> {
+        self.jails.list()
+    }
+}
