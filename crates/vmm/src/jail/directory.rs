@@ -93,13 +93,17 @@ pub(super) fn make(base: &Path, jail: &Jail, machine: &Machine) -> Result<()> {
         .map_err(|error| Error::io(format!("giving {} its mode", machine.disk.display()), error))?;
     own(&machine.disk, seat.uid, seat.gid)?;
     hard_link(&machine.disk, &jail.file(DISK))?;
-    make_fifo(&jail.console())?;
+    make_fifo(&jail.console())
+}
+
+/// What is prepared is prepared from here on.
+pub(super) fn complete(jail: &Jail, machine: &Machine) -> Result<()> {
     let manifest = Manifest {
         version: MANIFEST_VERSION,
         boot_id: clawpot_host::boot_id()?,
         vm: machine.id.to_string(),
         name: machine.name.to_string(),
-        uid: seat.uid,
+        uid: machine.seat.uid,
     };
     let text = serde_json::to_vec_pretty(&manifest)
         .map_err(|error| Error::new(Kind::Internal, "writing a machine's manifest").because(error))?;

@@ -133,15 +133,25 @@ impl Jails {
     /// Makes the machine's directory. Again is fine; one that is half made or stale is made afresh.
     /// `FailedPrecondition`: it runs; or the state directory and the images are on two file systems.
     pub async fn prepare(&self, machine: &Machine) -> Result<()> {
-        let (this, machine) = (self.clone(), machine.clone());
-        self.blocking("preparing", &machine.id.clone(), move |jail| match this.look(&jail)? {
-            Some(VmmFact::Prepared) => Ok(()),
-            None => directory::make(&this.inner.base, &jail, &machine),
-            Some(VmmFact::Exited { .. }) => {
-                clawpot_host::fs::remove_tree_if_exists(jail.dir())?;
-                directory::make(&this.inner.base, &jail, &machine)
+        self.prepare_with(machine, |_| Ok(())).await
+    }
+
+    /// [`Self::prepare`]; `furnish` (run where blocking is fine) adds what only one VMM needs.
+    pub async fn prepare_with<F>(&self, machine: &Machine, furnish: F) -> Result<()>
+    where
+        F: FnOnce(&Jail) -> Result<()> + Send + 'static,
+    {
+        let (this, id, machine) = (self.clone(), machine.id.clone(), machine.clone());
+        self.blocking("preparing", &id, move |jail| {
+            match this.look(&jail)? {
+                Some(VmmFact::Prepared) => return Ok(()),
+                Some(VmmFact::Running { .. }) => return Err(Error::new(Kind::FailedPrecondition, "it runs")),
+                Some(VmmFact::Exited { .. }) => clawpot_host::fs::remove_tree_if_exists(jail.dir())?,
+                None => {}
             }
-            Some(VmmFact::Running { .. }) => Err(Error::new(Kind::FailedPrecondition, "it runs")),
+            directory::make(&this.inner.base, &jail, &machine)?;
+            furnish(&jail)?;
+            directory::complete(&jail, &machine)
         })
         .await
     }

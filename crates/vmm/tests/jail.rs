@@ -1,0 +1,237 @@
+//! A machine's directory, group and process, with `sleep` in the VMM's place. Needs root; says so when skipped.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+mod common;
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+use clawpot_core::ports::Console;
+use clawpot_core::{Fact, VmmFact, VmmKind};
+use clawpot_host::cgroup::Cgroups;
+use clawpot_host::process::Spawn;
+use clawpot_types::Kind;
+use clawpot_vmm::console::Consoles;
+use clawpot_vmm::jail::{DISK, Jails, KERNEL};
+use common::{Place, needs_root};
+
+fn jails(place: &Place) -> (Jails, Consoles) {
+    let consoles = Consoles::new(place.state());
+    (Jails::new(place.state(), &place.instance, VmmKind::Qemu, consoles.clone()).unwrap(), consoles)
+}
+
+fn shell(script: &str) -> Spawn {
+    Spawn::new("/bin/sh").args(["-c", script]).env("PATH", "/usr/bin:/bin")
+}
+
+fn exited(how: &str) -> Fact<VmmFact> {
+    Fact::Present(VmmFact::Exited { how: how.to_owned() })
+}
+
+const RUNNING: Fact<VmmFact> = Fact::Present(VmmFact::Running { attached: true });
+const ADOPTABLE: Fact<VmmFact> = Fact::Present(VmmFact::Running { attached: false });
+const PREPARED: Fact<VmmFact> = Fact::Present(VmmFact::Prepared);
+
+#[tokio::test]
+async fn a_life_and_a_death() {
+    if !needs_root() {
+        return;
+    }
+    let place = Place::new();
+    let machine = place.machine();
+    let (jails, consoles) = jails(&place);
+    let jail = jails.jail(&machine.id).unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, Fact::Absent);
+    assert_eq!(jails.start(&machine.id, |_| Ok(shell("true"))).await.unwrap_err().kind(), Kind::NotFound);
+
+    jails.prepare(&machine).await.unwrap();
+    jails.prepare(&machine).await.unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, PREPARED);
+    assert_eq!(jails.list().unwrap(), vec![machine.id.clone()]);
+    let root = std::fs::metadata(jail.root()).unwrap();
+    assert_eq!((root.uid(), root.mode() & 0o777), (machine.seat.uid, 0o700));
+    assert_eq!(std::fs::metadata(jail.dir()).unwrap().mode() & 0o777, 0o700);
+    let (linked, original) = (jail.file(KERNEL), &machine.files.kernel);
+    assert_eq!(std::fs::metadata(linked).unwrap().ino(), std::fs::metadata(original).unwrap().ino());
+    assert_eq!(std::fs::metadata(jail.file(DISK)).unwrap().uid(), machine.seat.uid);
+
+    let script = "echo hello; echo trouble >&2; exec sleep 60";
+    jails.start(&machine.id, move |_| Ok(shell(script))).await.unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, RUNNING);
+    // Again: nothing happens, nothing is spawned.
+    jails.start(&machine.id, |_| panic!("spawned twice")).await.unwrap();
+    assert_eq!(jails.prepare(&machine).await.unwrap_err().kind(), Kind::FailedPrecondition);
+    assert_eq!(jails.destroy(&machine.id).await.unwrap_err().kind(), Kind::FailedPrecondition);
+    common::until("the console", async || consoles.tail(&machine.id.vm, 9).await.unwrap().len() == 3).await;
+    assert_eq!(consoles.tail(&machine.id.vm, 9).await.unwrap(), ["--- boot 1 ---", "hello", "trouble"]);
+
+    let pending = jails.clone();
+    let id = machine.id.clone();
+    let waiting = tokio::spawn(async move { pending.exited(&id).await });
+    jails.stop(&machine.id).unwrap();
+    tokio::time::timeout(Duration::from_secs(5), waiting).await.unwrap().unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, exited("killed by signal 9"));
+    assert_eq!(jails.start(&machine.id, |_| Ok(shell("true"))).await.unwrap_err().kind(), Kind::FailedPrecondition);
+    jails.destroy(&machine.id).await.unwrap();
+    jails.destroy(&machine.id).await.unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, Fact::Absent);
+    jails.exited(&machine.id).await;
+    jails.stop(&machine.id).unwrap();
+
+    // What was printed stays until it is erased; the disk is the VM's, not the machine's.
+    assert_eq!(consoles.look(&machine.id.vm).await.unwrap(), Some(()));
+    consoles.erase(&machine.id.vm).await.unwrap();
+    assert_eq!(consoles.look(&machine.id.vm).await.unwrap(), None);
+    assert!(machine.disk.exists());
+    place.nothing_left(&jails.list().unwrap());
+}
+
+#[tokio::test]
+async fn another_daemon_adopts() {
+    if !needs_root() {
+        return;
+    }
+    let place = Place::new();
+    let machine = place.machine();
+    let (first, first_consoles) = jails(&place);
+    first.prepare(&machine).await.unwrap();
+    let script = "echo one; while [ ! -e go ]; do sleep 0.01; done; echo two; exit 3";
+    let program = move |jail: &clawpot_vmm::jail::Jail| Ok(shell(script).cwd(jail.root()));
+    first.start(&machine.id, program).await.unwrap();
+    common::until("one", async || first_consoles.tail(&machine.id.vm, 1).await.unwrap() == ["one"]).await;
+    // Nothing of the first daemon is left but its zombies.
+    drop((first, first_consoles));
+
+    let (second, consoles) = jails(&place);
+    assert_eq!(second.inspect(&machine.id).await, ADOPTABLE);
+    second.attach(&machine.id).unwrap();
+    assert_eq!(second.inspect(&machine.id).await, RUNNING);
+    let mut output = consoles.read(&machine.id.vm, 1, true).await.unwrap();
+    File::create(second.jail(&machine.id).unwrap().root().join("go")).unwrap();
+    let mut text = String::new();
+    while !text.contains("two\n") {
+        let piece = futures_util::StreamExt::next(&mut output);
+        let piece = tokio::time::timeout(Duration::from_secs(5), piece).await.unwrap().unwrap().unwrap();
+        text.push_str(std::str::from_utf8(&piece).unwrap());
+    }
+    assert_eq!(text, "one\ntwo\n");
+    second.exited(&machine.id).await;
+    assert_eq!(second.inspect(&machine.id).await, exited("it ended while no server watched"));
+    second.destroy(&machine.id).await.unwrap();
+    consoles.erase(&machine.id.vm).await.unwrap();
+    assert!(futures_util::StreamExt::next(&mut output).await.is_none(), "a follower outlives the log");
+    place.nothing_left(&second.list().unwrap());
+}
+
+#[tokio::test]
+async fn what_a_crash_leaves_is_found_and_removed() {
+    if !needs_root() {
+        return;
+    }
+    let place = Place::new();
+    let machine = place.machine();
+    let (jails, _) = jails(&place);
+    let jail = jails.jail(&machine.id).unwrap();
+
+    // In the middle of preparing.
+    std::fs::create_dir_all(jail.dir()).unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, exited("its preparation was interrupted"));
+    assert_eq!(jails.list().unwrap(), vec![machine.id.clone()]);
+    jails.prepare(&machine).await.unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, PREPARED);
+
+    // After the group was made, before the fork.
+    jail.cgroup().create(&clawpot_host::cgroup::Limits::default()).unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, PREPARED);
+
+    // After the fork, before anything was written down.
+    let child = shell("exec sleep 60").cgroup(jail.cgroup()).unwrap().spawn().unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, ADOPTABLE);
+    jails.stop(&machine.id).unwrap();
+    jails.exited(&machine.id).await;
+    child.wait().await.unwrap();
+
+    // In the middle of removing: the directory is gone, the group is not.
+    std::fs::remove_dir_all(jail.dir()).unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, exited("its directory is gone"));
+    assert_eq!(jails.list().unwrap(), vec![machine.id.clone()]);
+    jails.destroy(&machine.id).await.unwrap();
+
+    // Before a reboot of the host.
+    jails.prepare(&machine).await.unwrap();
+    let manifest = jail.dir().join("machine.json");
+    let text = std::fs::read_to_string(&manifest).unwrap().replace(&clawpot_host::boot_id().unwrap(), "another");
+    clawpot_host::fs::replace(&manifest, text.as_bytes(), 0o600).unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, exited("the host was rebooted"));
+    jails.destroy(&machine.id).await.unwrap();
+    place.nothing_left(&jails.list().unwrap());
+}
+
+#[tokio::test]
+async fn a_vmm_that_cannot_start_leaves_a_prepared_machine_and_says_why() {
+    if !needs_root() {
+        return;
+    }
+    let place = Place::new();
+    let machine = place.machine();
+    let (jails, consoles) = jails(&place);
+    jails.prepare(&machine).await.unwrap();
+    let error = jails.start(&machine.id, |_| Ok(Spawn::new("/nonexistent/vmm"))).await.unwrap_err();
+    assert!(error.chain().contains("starting /nonexistent/vmm: executing it: No such file"), "{}", error.chain());
+    assert_eq!(jails.inspect(&machine.id).await, PREPARED);
+
+    // One that ends at once: what it said is kept.
+    jails.start(&machine.id, |_| Ok(shell("echo bad kernel >&2; exit 1"))).await.unwrap();
+    jails.exited(&machine.id).await;
+    assert_eq!(jails.inspect(&machine.id).await, exited("exit status 1"));
+    assert_eq!(consoles.tail(&machine.id.vm, 1).await.unwrap(), ["bad kernel"]);
+    jails.destroy(&machine.id).await.unwrap();
+    place.nothing_left(&jails.list().unwrap());
+}
+
+#[tokio::test]
+async fn two_instances_see_only_their_own() {
+    if !needs_root() {
+        return;
+    }
+    let (one, two) = (Place::new(), Place::new());
+    let machine = one.machine();
+    let (ours, _) = jails(&one);
+    let (theirs, _) = jails(&two);
+    ours.prepare(&machine).await.unwrap();
+    ours.start(&machine.id, |_| Ok(shell("exec sleep 60"))).await.unwrap();
+    assert_eq!(theirs.inspect(&machine.id).await, Fact::Absent);
+    theirs.stop(&machine.id).unwrap();
+    theirs.destroy(&machine.id).await.unwrap();
+    assert_eq!(ours.inspect(&machine.id).await, RUNNING);
+    ours.stop(&machine.id).unwrap();
+    ours.exited(&machine.id).await;
+    ours.destroy(&machine.id).await.unwrap();
+    one.nothing_left(&ours.list().unwrap());
+    two.nothing_left(&theirs.list().unwrap());
+}
+
+/// A guest that prints all day fills two files, and a server that is away delays nobody.
+#[tokio::test]
+async fn output_is_bounded_and_never_blocks_the_vmm() {
+    if !needs_root() {
+        return;
+    }
+    let place = Place::new();
+    let machine = place.machine();
+    let (jails, consoles) = jails(&place);
+    jails.prepare(&machine).await.unwrap();
+    // 8 MiB, some of it dropped; `head` minds a full pipe no more than a VMM does.
+    let script = "yes | head -c 8388608 2>/dev/null; exit 5";
+    jails.start(&machine.id, move |_| Ok(shell(script))).await.unwrap();
+    let started = Instant::now();
+    tokio::time::timeout(Duration::from_secs(30), jails.exited(&machine.id)).await.unwrap();
+    eprintln!("8 MiB printed within {:?}", started.elapsed());
+    jails.destroy(&machine.id).await.unwrap();
+    let logs = place.state().join("logs").join(machine.id.vm.as_str());
+    let kept: u64 = std::fs::read_dir(logs).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+    assert!(kept <= 2 << 20, "{kept} bytes");
+    assert_eq!(consoles.tail(&machine.id.vm, 2).await.unwrap().len(), 2);
+    assert!(!Cgroups::find().unwrap().group(&format!("clawpot/{}", place.instance)).unwrap().exists().unwrap());
+}
