@@ -93,7 +93,7 @@ def test_an_exec_that_ended_meanwhile_is_told(server: Server, vm: str) -> None:
 def test_killed_at_odd_moments_of_a_create_and_of_a_delete(make_server: Callable[..., Server]) -> None:
     """Whatever it was doing: the next server brings the VM up or takes it away, and nothing is left."""
     server = make_server("odd", "--warm-slots", "0").start()
-    before = server.traces.now()
+    before = server.steady()
     for moment in (0.0, 0.01, 0.03, 0.1, 0.6):
         process = server.cli.start("create", "--name", "odd", "debian")
         time.sleep(moment)

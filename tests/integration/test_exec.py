@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 
 def test_hello_from_one_command_and_nothing_is_left(server: Server) -> None:
-    before = server.settle(server.traces.now()) or server.traces.now()
+    before = server.steady()
     done = server.cli("run", "--rm", "debian", "--", "uname", "-a").ok()
     assert done.text.startswith("Linux ") and done.text.count("\n") == 1
     assert not server.settle(before)

@@ -119,7 +119,7 @@ def test_prefixes_labels_and_pages(server: Server, vm: str, sibling: str) -> Non
 
 
 def test_rm_is_enforced_by_the_server_when_the_client_is_killed(server: Server) -> None:
-    before = server.settle(server.traces.now()) or server.traces.now()
+    before = server.steady()
     process = server.cli.start("run", "--rm", "--name", "orphan", "debian", "--", "sh", "-c", "echo up; sleep 1000")
     try:
         assert process.stdout is not None

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from .tools import children_of_mount, run
 
-#: Kept for as long as the server's state is: database, identity, locks, the disk template, its own sockets.
-STATE_FILES = re.compile(r"^(disks|jails?|logs|machines?|vms|run|console)/")
+#: What VMs have below a state directory. The rest (database, identity, locks, templates) is the server's own.
+STATE_FILES = re.compile(r"^((disks|logs)/|jail/[^/]+/)")
 
 
 class Traces:

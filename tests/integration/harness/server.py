@@ -103,6 +103,17 @@ class Server:
             return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
         return ""
 
+    def steady(self) -> Counter[str]:
+        """What there is, once it changes no more: slots are made ready in the background."""
+        seen: list[Counter[str]] = [self.traces.now()]
+
+        def same() -> bool:
+            seen.append(self.traces.now())
+            return seen[-1] == seen[-2]
+
+        until(same, every=0.5, what="rest")
+        return seen[-1]
+
     def settle(self, before: Counter[str], seconds: float = 15) -> Counter[str]:
         """What there is beyond `before`, once that is nothing or time is up: the end of a netns takes the kernel a moment."""
         deadline = time.monotonic() + seconds
