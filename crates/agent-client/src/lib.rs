@@ -1,1 +1,13 @@
+//! The host's side of the guest agent: the `Guest` port over gRPC.
+//!
+//! - [`dial`] one HTTP/2 connection to one machine, by vsock or by TCP inside its netns
+//! - [`client`] [`AgentClient`]: the port, and the connections it keeps
+//! - [`exec`] frames as messages, each checked: the guest is hostile
+//!
+//! Called through the port alone; calls `clawpot-host` for sockets in other namespaces.
 
+mod client;
+mod dial;
+mod exec;
+
+pub use client::AgentClient;

@@ -1,0 +1,74 @@
+//! One connection to one machine's agent.
+
+use std::time::Duration;
+
+use clawpot_common::{AGENT_PORT, CONNECTION_WINDOW, STREAM_WINDOW, connect};
+use clawpot_core::ports::GuestEndpoint;
+use clawpot_host::{netns, unix};
+use clawpot_types::{Error, Kind, Result};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tonic::transport::{Channel, Endpoint};
+
+/// For a socket that is there the kernel answers at once; a guest that is not up yet answers nothing, and the next try should
+/// not wait for TCP's own retransmission after 1 s.
+const CONNECT: Duration = Duration::from_millis(250);
+/// For the HTTP/2 handshake; a TCG guest on a loaded host takes up to a second.
+const HANDSHAKE: Duration = Duration::from_secs(2);
+/// A machine that is gone without a word is noticed after both of these.
+const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(20);
+const KEEP_ALIVE_FOR: Duration = Duration::from_secs(20);
+
+/// What both transports give.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+/// `Unavailable`, `Timeout`: nobody listens there yet.
+pub async fn dial(endpoint: &GuestEndpoint) -> Result<Channel> {
+    let stream = TokioIo::new(stream(endpoint).await?);
+    // Used up by the first call: a channel never connects a second time, it is dropped and dialled anew.
+    let mut once = Some(stream);
+    let connector = tower::service_fn(move |_| {
+        let stream = once.take();
+        async move { stream.ok_or_else(|| std::io::Error::from(std::io::ErrorKind::NotConnected)) }
+    });
+    let guest = Endpoint::from_static("http://guest.invalid")
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
+        .keep_alive_timeout(KEEP_ALIVE_FOR);
+    match tokio::time::timeout(HANDSHAKE, guest.connect_with_connector(connector)).await {
+        Ok(Ok(channel)) => Ok(channel),
+        Ok(Err(error)) => Err(Error::new(Kind::Unavailable, "guest agent: opening HTTP/2").because(error)),
+        Err(_) => Err(Error::new(Kind::Timeout, format!("guest agent: no HTTP/2 within {} s", HANDSHAKE.as_secs()))),
+    }
+}
+
+async fn stream(endpoint: &GuestEndpoint) -> Result<Box<dyn Stream>> {
+    match endpoint {
+        GuestEndpoint::Vsock(socket) => {
+            let reached = tokio::time::timeout(CONNECT, async {
+                let mut stream = unix::connect(socket).await?;
+                let shaken = connect::connect(&mut stream, AGENT_PORT).await;
+                // Firecracker closes the connection where the guest has no listener yet.
+                shaken
+                    .map_err(|error| Error::new(Kind::Unavailable, "guest agent: CONNECT over vsock").because(error))?;
+                Ok(Box::new(stream) as Box<dyn Stream>)
+            });
+            reached.await.unwrap_or_else(|_| Err(Error::new(Kind::Timeout, "guest agent: no answer over vsock")))
+        }
+        GuestEndpoint::Tcp { netns, address } => {
+            let stream = netns::connect_tcp_in(netns, *address, CONNECT).await.map_err(not_up_yet)?;
+            stream.set_nodelay(true).map_err(|error| Error::io("guest agent: setting TCP_NODELAY", error))?;
+            Ok(Box::new(stream))
+        }
+    }
+}
+
+/// Whatever the network says of a guest that boots, it may say otherwise in a moment.
+fn not_up_yet(error: Error) -> Error {
+    match error.kind() {
+        Kind::Timeout | Kind::Unavailable | Kind::NotFound => error,
+        _ => Error::new(Kind::Unavailable, "guest agent: connecting to it").because(error),
+    }
+}
