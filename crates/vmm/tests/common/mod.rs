@@ -91,6 +91,27 @@ impl Place {
     }
 }
 
+/// What a test that failed left behind.
+impl Drop for Place {
+    fn drop(&mut self) {
+        let groups = clawpot_host::cgroup::Cgroups::find().unwrap();
+        let parent = format!("clawpot/{}", self.instance);
+        for name in groups.list(&parent).unwrap() {
+            let group = groups.group(&format!("{parent}/{name}")).unwrap();
+            group.kill().unwrap();
+            for _ in 0..500 {
+                if group.populated().unwrap() != Some(true) {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            std::fs::remove_dir(group.path()).unwrap();
+        }
+        std::fs::remove_dir(groups.root().join(&parent)).ok();
+        std::fs::remove_dir(groups.root().join("clawpot")).ok();
+    }
+}
+
 /// Waits until `done`, at most 60 s.
 pub async fn until(what: &str, mut done: impl AsyncFnMut() -> bool) {
     let started = Instant::now();
