@@ -1,7 +1,7 @@
 //! Where the host comes in, and nobody else.
 
 use std::io::{self, IoSlice};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::SocketAddrV4;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -86,7 +86,7 @@ impl Listener {
 }
 
 fn is_host(address: std::net::IpAddr) -> bool {
-    address == Ipv4Addr::from(MANAGEMENT_HOST_ADDRESS)
+    address == MANAGEMENT_HOST_ADDRESS
 }
 
 /// A connection from the host.

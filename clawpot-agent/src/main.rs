@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clawpot_agent::boot::{self, Booted, cmdline::Transport};
 use clawpot_agent::console::{chain, say};
-use clawpot_agent::exec::{Cgroups, Shared, Surroundings};
+use clawpot_agent::exec::{Cgroups, PATIENCE, Shared, Surroundings};
 use clawpot_agent::hello::{Identity, Timings, WallClock};
 use clawpot_agent::listen::Listener;
 use clawpot_agent::reaper::{Reaper, Scope};
@@ -53,6 +53,7 @@ async fn serve_host(mut booted: Booted, started: std::time::Duration) -> Result<
         root: "/".into(),
         files: Some(boot::PROCESS_FILES),
         memory: memory_for_execs(),
+        patience: PATIENCE,
     })?;
     let listener = match (booted.commands.transport, &booted.management) {
         (Transport::Tcp, Some(device)) => Listener::tcp(device),

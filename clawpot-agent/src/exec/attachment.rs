@@ -105,7 +105,7 @@ fn next(state: &mut State, serial: u64, exec: &Exec) -> Option<Result<Out, Statu
     if let Some(data) = next_data(output, attachment) {
         return Some(Ok(data));
     }
-    let end = end.clone()?;
+    let end = (*end)?;
     attachment.exited_sent = true;
     Some(Ok(Out::Exited(end)))
 }

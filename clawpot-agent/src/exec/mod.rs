@@ -3,7 +3,7 @@
 //! - [`table`] all of them by id; start, find, forget, their bounds
 //! - [`request`] what is asked for, checked → a plan; [`spawn`] the plan → a process; [`cgroup`], [`pty`], [`io`] what it gets
 //! - [`resource`] one exec: rings, stdin, end, attachment; [`ring`] a bounded run of bytes
-//! - [`driver`] the task behind an exec; [`attachment`] the two directions of a stream
+//! - `driver` the task behind an exec; [`attachment`] the two directions of a stream
 
 pub mod attachment;
 pub mod cgroup;
@@ -20,3 +20,6 @@ pub use cgroup::Cgroups;
 pub use request::{failed, shown};
 pub use spawn::FileLimit;
 pub use table::{Shared, Surroundings};
+
+/// How long a lost caller is waited for in production: a restart of the server takes a few seconds.
+pub const PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);

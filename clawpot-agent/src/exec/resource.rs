@@ -31,9 +31,6 @@ use crate::lock;
 /// Bytes kept of each output stream.
 pub const RING: usize = 256 << 10;
 
-/// How long a process whose caller was lost is held by a full ring before its oldest output is dropped.
-pub const PATIENCE: Duration = Duration::from_secs(30);
-
 #[derive(Debug)]
 pub struct Exec {
     pub id: ExecId,
@@ -61,6 +58,8 @@ pub struct State {
     serial: u64,
     /// Since when nobody is attached.
     detached: Option<Instant>,
+    /// How long a full ring then still stops the process.
+    patience: Duration,
 }
 
 #[derive(Debug)]
@@ -100,7 +99,7 @@ pub fn index(which: Which) -> usize {
 }
 
 impl State {
-    pub fn new(budget: &Arc<Budget>, stdin: bool) -> Self {
+    pub fn new(budget: &Arc<Budget>, stdin: bool, patience: Duration) -> Self {
         let ring = || Ring::new(RING, budget.clone());
         let queue = Ring::new(2 * STDIN_WINDOW, budget.clone());
         Self {
@@ -110,13 +109,14 @@ impl State {
             attachment: None,
             serial: 0,
             detached: Some(Instant::now()),
+            patience,
         }
     }
 
     /// How many bytes may be read from the process now; or until when to wait for that to change by itself.
     pub fn room(&self, which: Which) -> Result<usize, Option<Instant>> {
         let room = self.output[index(which)].room();
-        let patience_ends = self.detached.map(|since| since + PATIENCE);
+        let patience_ends = self.detached.map(|since| since + self.patience);
         if patience_ends.is_some_and(|ends| ends <= Instant::now()) {
             return Ok(EXEC_CHUNK);
         }
@@ -126,7 +126,7 @@ impl State {
     /// Takes what the process wrote. While nobody has been attached for long, the oldest gives way.
     pub fn wrote(&mut self, which: Which, bytes: &[u8]) {
         let ring = &mut self.output[index(which)];
-        if self.detached.is_some_and(|since| since.elapsed() >= PATIENCE) {
+        if self.detached.is_some_and(|since| since.elapsed() >= self.patience) {
             ring.evict_for(bytes.len());
         }
         ring.push(bytes);

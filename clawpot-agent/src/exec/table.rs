@@ -42,6 +42,8 @@ pub struct Shared {
     pub root: PathBuf,
     pub files: Option<FileLimit>,
     pub budget: Arc<Budget>,
+    /// How long a process whose caller was lost is held by a full ring before its oldest output is dropped.
+    pub patience: Duration,
     /// One buffer to read into for all: it is never held over a wait.
     pub scratch: Mutex<Box<[u8]>>,
     null: File,
@@ -65,15 +67,17 @@ pub struct Surroundings {
     pub files: Option<FileLimit>,
     /// Bytes of output and input that all execs together may hold.
     pub memory: usize,
+    /// See [`Shared::patience`].
+    pub patience: Duration,
 }
 
 impl Shared {
     pub fn new(surroundings: Surroundings) -> io::Result<Arc<Self>> {
-        let Surroundings { reaper, cgroups, root, files, memory } = surroundings;
+        let Surroundings { reaper, cgroups, root, files, memory, patience } = surroundings;
         let scratch = Mutex::new(vec![0; EXEC_CHUNK].into_boxed_slice());
         let null = File::options().read(true).write(true).open("/dev/null")?;
         let budget = Budget::new(memory);
-        Ok(Arc::new(Self { reaper, cgroups, root, files, budget, scratch, null, table: Mutex::default() }))
+        Ok(Arc::new(Self { reaper, cgroups, root, files, budget, patience, scratch, null, table: Mutex::default() }))
     }
 
     /// Starts an exec, or finds the one that was started with this id.
@@ -142,7 +146,7 @@ impl Shared {
         let Ends { theirs, pipes, terminal } = ends;
         drop(theirs);
         let parts = Parts { id, pid, started, cgroup, terminal };
-        let exec = Arc::new(Exec::new(parts, State::new(&self.budget, plan.stdin), self.clone()));
+        let exec = Arc::new(Exec::new(parts, State::new(&self.budget, plan.stdin, self.patience), self.clone()));
         let (task, timeout) = (exec.clone(), plan.timeout);
         let run = async move {
             drive(&task, pipes, exit, timeout).await;
