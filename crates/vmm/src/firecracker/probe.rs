@@ -45,15 +45,18 @@ const BOOT_ARGS: &str = "console=ttyS0 earlyprintk=ttyS0,115200 reboot=k panic=-
 pub enum Probed {
     /// Its kernel spoke after so long.
     GuestRan(Duration),
-    /// No guest code ran, for this reason.
-    NoGuest(String),
+    /// Firecracker runs it, but no guest code ran: this host cannot do it until it boots anew.
+    Silent(String),
+    /// It did not come to running it, in Firecracker's words. What is wrong may be mended: not to be remembered.
+    Refused(String),
 }
 
 impl fmt::Display for Probed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::GuestRan(after) => write!(f, "a probe VM's kernel ran after {} ms", after.as_millis()),
-            Self::NoGuest(why) => write!(f, "a probe VM ran no guest code: {why}"),
+            Self::Silent(why) => write!(f, "a probe VM ran no guest code: {why}"),
+            Self::Refused(why) => write!(f, "a probe VM could not be started: {why}"),
         }
     }
 }
@@ -114,10 +117,11 @@ impl Place {
         child.wait().await?;
         Ok(match (heard, booted) {
             (true, _) => Probed::GuestRan(after),
-            (false, Err(error)) => Probed::NoGuest(with_words(error.chain(), &console.last_words())),
+            (false, Err(error)) => Probed::Refused(with_words(error.chain(), &console.last_words())),
             (false, Ok(())) => {
-                let silent = format!("Firecracker says it runs, but its kernel said nothing in {} s", LIMIT.as_secs());
-                Probed::NoGuest(with_words(silent, &console.last_words()))
+                let silent =
+                    format!("Firecracker says it runs, but its kernel did not speak within {} s", LIMIT.as_secs());
+                Probed::Silent(with_words(silent, &console.last_words()))
             }
         })
     }
