@@ -1,19 +1,19 @@
 //! The phases of a VM and the edges between them.
 //!
 //! ```text
-//!                ┌────────────────────────── start ──────────────────────────┐
-//!                ▼                                                           │
-//! Accepted ─► Preparing ─► Booting ─► Running ⇄ Paused                       │
-//!    │           │            │          │                                   │
-//!    │           │            │          ├─► Sleeping ─► Asleep ─► Waking ─► Running
-//!    │           │            │          │                                   │
-//!    └───────────┴────────────┴──────────┴──► Stopping ─► Stopped ───────────┤
-//!                │            │          │        │                          │
-//!                └────────────┴──────────┴────────┴─► Failed ────────────────┘
+//!    ┌───────────┬────────────┬──────────┬──────────┬───────────┬─────────┬────► Failed
+//!    │           │            │          │          │           │         │
+//! Accepted ─► Preparing ─► Booting ─► Running ─► Sleeping ─► Asleep ─► Waking ─► Running
+//!    │           │            │          │          │           │         │
+//!    └───────────┴────────────┴──────────┴──────────┴───────────┴─────────┴────► Stopping ─► Stopped
 //!
-//! any ─► Deleting ─► (gone)          Restoring: as Booting, from a snapshot
-//! Quarantined: the record cannot be read or the machine's identity not be proven; no edge leads out
+//! Stopped ─► Preparing ◄─ Failed  (start)       Running ⇄ Paused ─► Stopping      Sleeping ─► Running
+//! Failed ─► Stopping ─► Failed                  Paused ─► Failed                  Restoring: as Booting
+//! any ─► Deleting ─► (gone)                     Quarantined: no edge leads out
 //! ```
+//! Any: but Deleting and Quarantined themselves. Quarantined: the record cannot be read, or the machine's identity not be
+//! proven. `tests/phase_edges.rs` reads this drawing.
+//!
 //! `phase` changes only on an observed fact; what the owner wants is [`crate::Desired`].
 
 use std::fmt;

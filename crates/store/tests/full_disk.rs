@@ -45,7 +45,7 @@ fn fill(dir: &Path) {
 async fn add(state: &State, n: u32) -> Result<TxnOutcome> {
     let value = format!("\"{}\"", "v".repeat(1500));
     let mut txn = txn(vec![], vec![put(&format!("vms/{n}"), &value)]);
-    txn.durability = if n % 2 == 0 { Durability::Full } else { Durability::Normal };
+    txn.durability = if n.is_multiple_of(2) { Durability::Full } else { Durability::Normal };
     state.store().txn(txn).await
 }
 

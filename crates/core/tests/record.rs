@@ -1,0 +1,94 @@
+//! The record on disk: what it looks like, that old ones are read and newer ones refused.
+
+mod support;
+
+use clawpot_core::record::{Failure, RECORD_VERSION, VmmChoice};
+use clawpot_core::{MachineId, Phase, Timing, VmRecord, VmmKind};
+use clawpot_types::{Generation, Incarnation, Kind, Millis, Timestamp};
+
+/// Every field holds something.
+fn full() -> VmRecord {
+    let mut record = support::record();
+    record.labels.insert("team".parse().unwrap(), "blue sky".parse().unwrap());
+    record.spec.env = vec![("LANG".to_owned(), "C.UTF-8".to_owned())];
+    record.generation = Generation(3);
+    record.incarnation = Incarnation(2);
+    record.phase = Phase::Failed;
+    record.deadline = Some(Timestamp(1_800_000_060_000_000));
+    record.vmm = Some(VmmChoice { kind: VmmKind::Firecracker, version: "1.15.1".to_owned() });
+    record.boot_id = "0c6b1a5e-6f0e-4a3c-9d3b-2f1e0d9c8b7a".to_owned();
+    record.address = Some([10, 201, 0, 14].into());
+    record.disk_made = true;
+    record.timings = vec![Timing { name: "booting.kernel".to_owned(), micros: 41_500 }];
+    record.failure = Some(Failure {
+        during: Phase::Booting,
+        generation: Generation(3),
+        kind: Kind::Timeout,
+        message: "VM web: its guest did not answer within 120 s".to_owned(),
+        hint: Some("clawpot logs web".to_owned()),
+        cleanup: Some("VM web: removing its network: busy".to_owned()),
+        console_tail: vec!["Kernel panic - not syncing".to_owned()],
+    });
+    record.remove_when_done = true;
+    record.stop_grace = Millis(10_000);
+    record
+}
+
+#[test]
+fn it_is_written_like_this() {
+    let record = full();
+    let bytes = record.encode().unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+    insta::assert_json_snapshot!(json);
+    assert_eq!(VmRecord::decode(&bytes).unwrap(), record);
+}
+
+/// Version 1 as it was first written. Never edit the file: when the record changes, add the next one and migrate this.
+#[test]
+fn version_1_is_read() {
+    let record = VmRecord::decode(include_bytes!("fixtures/record-1.json")).unwrap();
+    assert_eq!(record, full());
+}
+
+#[test]
+fn a_newer_one_is_refused_whatever_it_holds() {
+    for text in [
+        format!(r#"{{"version":{}}}"#, RECORD_VERSION + 1),
+        format!(r#"{{"version":{},"id":[1,2],"phase":"dreaming"}}"#, RECORD_VERSION + 41),
+    ] {
+        let error = VmRecord::decode(text.as_bytes()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert!(error.chain().contains("newer than this server's"), "{}", error.chain());
+        assert!(error.next_step().unwrap().contains("newer"), "{:?}", error.next_step());
+    }
+}
+
+#[test]
+fn damage_is_said_and_never_guessed_at() {
+    let good = String::from_utf8(full().encode().unwrap()).unwrap();
+    let bad = [
+        String::new(),
+        "null".to_owned(),
+        "[]".to_owned(),
+        "{}".to_owned(),
+        good[..good.len() / 2].to_owned(),
+        good.replace("\"failed\"", "\"dreaming\""),
+        good.replace("\"vcpus\":1", "\"vcpus\":0"),
+        good.replace("\"name\":\"web\"", "\"name\":\"../web\""),
+        good.replace("\"disk_made\":true,", ""),
+    ];
+    for text in bad {
+        let error = VmRecord::decode(text.as_bytes()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Corrupt, "{text}");
+        assert!(error.chain().len() > "VM record: not readable: ".len(), "the cause is there: {}", error.chain());
+    }
+}
+
+#[test]
+fn a_machines_name_reads_back() {
+    let id = full().machine();
+    assert_eq!(id.to_string().parse::<MachineId>().unwrap(), id);
+    for bad in ["", "-", "aaaaaaaaaaaaaaaa", "aaaaaaaaaaaaaaaa-", "aaaaaaaaaaaaaaaa-x", "AAAAAAAAAAAAAAAA-1", "a-1"] {
+        assert!(bad.parse::<MachineId>().is_err(), "{bad}");
+    }
+}

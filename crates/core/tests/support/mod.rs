@@ -1,0 +1,46 @@
+//! A record to begin with.
+
+use std::collections::BTreeMap;
+
+use clawpot_core::record::RECORD_VERSION;
+use clawpot_core::{Desired, ImagePin, Phase, VmRecord, VmSpec};
+use clawpot_types::{Digest, Generation, ImageRef, Incarnation, MiB, Millis, Slot, Timestamp, Vcpus, VmId};
+
+pub const START: Timestamp = Timestamp(1_800_000_000_000_000);
+
+/// Just accepted.
+#[allow(clippy::unwrap_used, reason = "the name is a constant")]
+pub fn record() -> VmRecord {
+    VmRecord {
+        version: RECORD_VERSION,
+        id: VmId::from_random([7; VmId::LEN]),
+        name: "web".parse().unwrap(),
+        labels: BTreeMap::new(),
+        spec: VmSpec {
+            image: ImageRef::Name("debian".to_owned()),
+            vcpus: Vcpus::ONE,
+            memory: MiB(256),
+            disk: MiB(4096),
+            env: Vec::new(),
+            cwd: "/root".to_owned(),
+            user: "root".to_owned(),
+        },
+        image: ImagePin { digest: Digest::from_sha256(&[0xab; 32]) },
+        desired: Desired::Running,
+        generation: Generation(1),
+        incarnation: Incarnation(0),
+        phase: Phase::Accepted,
+        phase_since: START,
+        deadline: None,
+        slot: Slot(14),
+        vmm: None,
+        boot_id: String::new(),
+        address: None,
+        created_at: START,
+        disk_made: false,
+        timings: Vec::new(),
+        failure: None,
+        remove_when_done: false,
+        stop_grace: Millis(5_000),
+    }
+}
