@@ -102,7 +102,8 @@ fn abandoned(view: &View<'_>) -> Next {
         Clients::Attached => Next::Wait { until: None },
         Clients::Done => Next::Remove,
         Clients::NoneSince(since) => {
-            let until = since.after(view.limits.abandoned);
+            // Nobody could attach to it while it booted.
+            let until = since.max(view.record.phase_since).after(view.limits.abandoned);
             if view.now >= until { Next::Remove } else { Next::Wait { until: Some(until) } }
         }
     }
