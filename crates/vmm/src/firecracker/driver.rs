@@ -1,20 +1,46 @@
 //! The [`Vmm`] port.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use clawpot_core::ports::{Capabilities, GuestEndpoint, Machine, Seat, Vmm};
 use clawpot_core::{Fact, MachineId, VmmFact, VmmKind};
-use clawpot_host::process::{Rlimits, Spawn};
+use clawpot_host::process::{Rlimits, Spawn, find_program};
 use clawpot_types::{InstanceId, Result};
 
 use super::api::Boot;
 use super::boot::{self, Site};
-use super::libs::Toolbox;
+use super::libs::{PROGRAM, Toolbox};
 use super::{jailer, probe};
 use crate::cmdline::{self, Transport};
 use crate::console::Consoles;
 use crate::jail::{Jail, Jails, VSOCK};
+
+/// What an operator may say about Firecracker.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// Absolute path; `firecracker` in `path` when unset.
+    pub program: Option<PathBuf>,
+    /// Absolute path; when unset `jailer` beside the program, else in `path`.
+    pub jailer: Option<PathBuf>,
+    /// Directories to look in, as `$PATH` has them; then the system's own.
+    pub path: Option<OsString>,
+}
+
+impl Config {
+    fn find(&self) -> Result<(PathBuf, PathBuf)> {
+        let find = |given: &Option<PathBuf>, name: &str| {
+            let wanted = given.as_deref().map_or(name.into(), Path::to_string_lossy);
+            find_program(&wanted, self.path.as_deref())
+                .map_err(|error| error.hint(format!("install Firecracker's release, or configure the path of {name}")))
+        };
+        let program = find(&self.program, PROGRAM)?;
+        let beside = program.with_file_name("jailer");
+        let jailer = if self.jailer.is_none() && beside.exists() { beside } else { find(&self.jailer, "jailer")? };
+        Ok((program, jailer))
+    }
+}
 
 /// Runs each VM in a Firecracker inside the jailer's chroot. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -26,21 +52,16 @@ pub struct Firecracker {
 }
 
 impl Firecracker {
-    /// `firecracker`, `jailer`: of one release. Keeps a copy of what is run in `state/firecracker`.
-    /// `NotFound`, `InvalidArgument`: no such program; `Unsupported`: too old a release; `FailedPrecondition`: two releases, or
-    /// a library is missing.
-    pub async fn new(
-        state: &Path,
-        instance: &InstanceId,
-        consoles: Consoles,
-        firecracker: &Path,
-        jailer: &Path,
-    ) -> Result<Self> {
-        let toolbox = Toolbox::install(firecracker, jailer, &state.join("firecracker")).await?;
+    /// Finds the programs and keeps a copy of what is run in `state/firecracker`.
+    /// `NotFound`, `InvalidArgument`: no such program; `Unsupported`: too old a release; `FailedPrecondition`: program and
+    /// jailer are of two releases, or a library is missing.
+    pub async fn new(state: &Path, instance: &InstanceId, consoles: Consoles, config: &Config) -> Result<Self> {
+        let (program, jailer) = config.find().map_err(|error| error.context("looking for Firecracker"))?;
+        let toolbox = Toolbox::install(&program, &jailer, &state.join("firecracker")).await?;
         let jails = Jails::new(state, instance, VmmKind::Firecracker, consoles)?;
         let driver = Self { jails, toolbox, state: state.to_owned(), instance: instance.clone() };
         for warning in driver.warnings() {
-            tracing::warn!(firecracker = %firecracker.display(), "{warning}");
+            tracing::warn!(firecracker = %program.display(), "{warning}");
         }
         Ok(driver)
     }
@@ -63,7 +84,7 @@ impl Firecracker {
         probe::run(&self.toolbox, &self.state, &self.instance, kernel, initramfs).await
     }
 
-    /// The copy of the program that machines are started with.
+    /// The copy of the program that machines are started with; its digest is the VMM's.
     #[must_use]
     pub fn program(&self) -> &Path {
         &self.toolbox.program
@@ -92,7 +113,7 @@ fn spawn(toolbox: &Toolbox, base: &Path, jail: &Jail, machine: &Machine) -> Resu
 }
 
 /// The jailer starts as root and becomes the inmate itself.
-pub(super) fn jailer_with(toolbox: &Toolbox, args: Vec<std::ffi::OsString>) -> Spawn {
+pub(super) fn jailer_with(toolbox: &Toolbox, args: Vec<OsString>) -> Spawn {
     let rlimits = Rlimits { nofile: jailer::OPEN_FILES, ..Rlimits::default() };
     Spawn::new(&toolbox.jailer).args(args).rlimits(rlimits)
 }

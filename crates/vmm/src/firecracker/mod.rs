@@ -17,6 +17,6 @@ mod libs;
 mod probe;
 mod version;
 
-pub use driver::Firecracker;
+pub use driver::{Config, Firecracker};
 pub use probe::Probed;
 pub use version::{Flaw, Version};

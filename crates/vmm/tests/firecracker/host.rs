@@ -9,10 +9,10 @@ use clawpot_core::ports::{BootFiles, Machine, Seat};
 use clawpot_host::process::{Tool, find_program};
 use clawpot_types::{Incarnation, InstanceId, MiB, Slot, Vcpus};
 use clawpot_vmm::console::Consoles;
-use clawpot_vmm::firecracker::Firecracker;
+use clawpot_vmm::firecracker::{Config, Firecracker};
 
-/// Firecracker and its jailer, or why the tests that need them are skipped.
-pub fn programs() -> Result<(PathBuf, PathBuf), String> {
+/// Where Firecracker and its jailer are, or why the tests that need them are skipped.
+pub fn programs() -> Result<Config, String> {
     if !rustix::process::geteuid().is_root() {
         return Err("needs root".to_owned());
     }
@@ -21,16 +21,15 @@ pub fn programs() -> Result<(PathBuf, PathBuf), String> {
             return Err(format!("there is no {device}"));
         }
     }
-    let find = |variable: &str, name: &str| match std::env::var_os(variable) {
-        Some(path) => Ok(PathBuf::from(path)),
-        None => find_program(name, std::env::var_os("PATH").as_deref())
-            .map_err(|_| format!("there is no {name} in PATH, and no {variable}")),
-    };
-    find_program("ip", std::env::var_os("PATH").as_deref()).map_err(|_| "there is no ip".to_owned())?;
-    let firecracker = find("FIRECRACKER_BIN", "firecracker")?;
-    let beside = firecracker.with_file_name("jailer");
-    let jailer = if beside.exists() { beside } else { find("JAILER_BIN", "jailer")? };
-    Ok((firecracker, jailer))
+    let path = std::env::var_os("PATH");
+    find_program("ip", path.as_deref()).map_err(|_| "there is no ip".to_owned())?;
+    let named = |variable: &str| std::env::var_os(variable).map(PathBuf::from);
+    let config = Config { program: named("FIRECRACKER_BIN"), jailer: named("JAILER_BIN"), path };
+    if config.program.is_none() {
+        find_program("firecracker", config.path.as_deref())
+            .map_err(|_| "there is no firecracker in PATH, and no FIRECRACKER_BIN".to_owned())?;
+    }
+    Ok(config)
 }
 
 /// Returns from the test with a word about it where it cannot run.
@@ -91,9 +90,9 @@ impl Corner {
     }
 
     /// As a daemon makes it when it starts.
-    pub async fn driver(&self, (firecracker, jailer): &(PathBuf, PathBuf)) -> Firecracker {
+    pub async fn driver(&self, config: &Config) -> Firecracker {
         let (state, consoles) = (self.state.path(), self.consoles.clone());
-        Firecracker::new(state, &self.instance, consoles, firecracker, jailer).await.expect("a driver")
+        Firecracker::new(state, &self.instance, consoles, config).await.expect("a driver")
     }
 
     pub fn netns(&self) -> &Path {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use clawpot_core::ports::{Console, GuestEndpoint, Vmm};
 use clawpot_types::MiB;
+use clawpot_types::guest::AGENT_PORT;
 use clawpot_vmm::firecracker::Probed;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -13,8 +14,6 @@ use crate::guest::{self, Then};
 use crate::host::Corner;
 use crate::{end, programs_or_skip};
 
-/// Where the agent listens.
-const AGENT_PORT: u32 = 10051;
 /// Under an emulated CPU inside an emulated CPU.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 

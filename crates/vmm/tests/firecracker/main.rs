@@ -3,6 +3,8 @@
 //! The guests are a few hand-written instructions, which run even on hosts where no Linux does: API, jailer, tap, cgroup,
 //! console and exit are tested everywhere. What needs a Linux is in [`linux`].
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
 mod guest;
 mod host;
 mod linux;
@@ -215,6 +217,10 @@ async fn the_probe_believes_the_console_alone() {
     let other = Corner::new(&guest::kernel("something else\r\n", Then::Reset)).await;
     let probed = driver.probe(&other.machine.files.kernel, &files.initramfs).await.unwrap();
     assert!(matches!(&probed, Probed::Silent(why) if why.contains("something else")), "{probed}");
-    assert!(!corner.root().with_file_name("probe").exists());
+
+    let broken = Corner::new(b"not a kernel").await;
+    let probed = driver.probe(&broken.machine.files.kernel, &files.initramfs).await.unwrap();
+    assert!(matches!(&probed, Probed::Refused(why) if why.contains("refused with 400")), "{probed}");
+    assert!(!corner.root().parent().unwrap().with_file_name("probe").exists());
     assert!(driver.list().await.unwrap().is_empty());
 }
