@@ -22,13 +22,16 @@ struct Drawing {
     words: Vec<(usize, std::ops::Range<usize>, String)>,
 }
 
-const LEFT: (isize, isize) = (0, -1);
-const RIGHT: (isize, isize) = (0, 1);
-const UP: (isize, isize) = (-1, 0);
-const DOWN: (isize, isize) = (1, 0);
+/// Rows down, columns right.
+type Way = (isize, isize);
+
+const LEFT: Way = (0, -1);
+const RIGHT: Way = (0, 1);
+const UP: Way = (-1, 0);
+const DOWN: Way = (1, 0);
 
 /// Where a glyph's line goes on to; for an arrowhead also where it points.
-fn arms(glyph: char) -> (&'static [(isize, isize)], Option<(isize, isize)>) {
+fn arms(glyph: char) -> (&'static [Way], Option<Way>) {
     match glyph {
         '─' => (&[LEFT, RIGHT], None),
         '│' => (&[UP, DOWN], None),
@@ -72,12 +75,12 @@ impl Drawing {
         self.grid.get(row).and_then(|line| line.get(column)).copied().unwrap_or(' ')
     }
 
-    fn step(at: (usize, usize), by: (isize, isize)) -> Option<(usize, usize)> {
+    fn step(at: (usize, usize), by: Way) -> Option<(usize, usize)> {
         Some((at.0.checked_add_signed(by.0)?, at.1.checked_add_signed(by.1)?))
     }
 
     /// The word that is at `at`, or one blank further to the side.
-    fn word(&self, at: (usize, usize), by: (isize, isize)) -> Option<&str> {
+    fn word(&self, at: (usize, usize), by: Way) -> Option<&str> {
         let next = Self::step(at, by)?;
         let here = |(row, column): (usize, usize)| {
             let found = self.words.iter().find(|(line, columns, _)| *line == row && columns.contains(&column));

@@ -1,5 +1,7 @@
 //! The record on disk: what it looks like, that old ones are read and newer ones refused.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use clawpot_core::record::{Failure, RECORD_VERSION, VmmChoice};

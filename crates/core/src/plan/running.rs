@@ -27,7 +27,7 @@ fn failed(view: &View<'_>) -> Next {
     if asked_again {
         return view.become_phase(Phase::Preparing);
     }
-    if view.record.remove_when_done { abandoned(view) } else { Next::Wait { until: None } }
+    served(view)
 }
 
 fn preparing(view: &View<'_>) -> Next {
@@ -82,23 +82,24 @@ fn running(view: &View<'_>) -> Next {
     match &view.facts.vmm {
         _ if view.rebooted => Next::Fail { why: Why::HostRebooted },
         Fact::Present(VmmFact::Running { attached: false }) => Next::Do(Step::AttachVmm),
-        // After a restart of the daemon.
-        Fact::Present(VmmFact::Running { attached: true })
-            if matches!(view.facts.guest, GuestFact::NotAsked | GuestFact::Silent) =>
-        {
-            Next::Do(Step::SayHello)
+        Fact::Present(VmmFact::Running { attached: true }) => {
+            let rest = served(view);
+            match view.facts.guest {
+                // After a restart of the daemon. Nobody waits for the guest of a VM that has served.
+                GuestFact::NotAsked | GuestFact::Silent if rest != Next::Remove => Next::Do(Step::SayHello),
+                _ => rest,
+            }
         }
-        Fact::Present(VmmFact::Running { .. }) if view.record.remove_when_done => abandoned(view),
-        Fact::Present(VmmFact::Running { .. }) => Next::Wait { until: None },
         Fact::Present(VmmFact::Exited { how }) => Next::Fail { why: Why::VmmExited(how.clone()) },
         Fact::Present(VmmFact::Prepared) | Fact::Absent => Next::Fail { why: Why::VmmVanished },
         Fact::Unknown(_) => view.look_again(),
     }
 }
 
-/// When a `remove_when_done` VM has served.
-fn abandoned(view: &View<'_>) -> Next {
+/// Nothing is left to do, but for a `remove_when_done` VM that has served: it goes.
+pub(super) fn served(view: &View<'_>) -> Next {
     match view.facts.clients {
+        _ if !view.record.remove_when_done => Next::Wait { until: None },
         Clients::Attached => Next::Wait { until: None },
         Clients::Done => Next::Remove,
         Clients::NoneSince(since) => {

@@ -1,12 +1,12 @@
 //! Goal: no process, no network; the disk stays.
 
-use super::{Next, Step, View};
+use super::{Next, Step, View, running};
 use crate::facts::GuestFact;
 use crate::{Fact, Phase, VmmFact};
 
 pub(super) fn plan(view: &View<'_>) -> Next {
     match view.record.phase {
-        Phase::Stopped => view.tear_down().unwrap_or(Next::Wait { until: None }),
+        Phase::Stopped => view.tear_down().unwrap_or_else(|| running::served(view)),
         Phase::Stopping => stopping(view),
         // The guest is asked only where it had said hello; anything younger is killed at once.
         Phase::Running => Next::Become { phase: Phase::Stopping, limit: Some(view.record.stop_grace.into()) },

@@ -1,0 +1,455 @@
+//! What holds of every plan, on a pure model of a host (`support/world.rs`): it ends where the owner wants, whatever
+//! comes between; no step needs what no earlier one made; nothing is done on what could not be seen.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+#[path = "support/world.rs"]
+mod world;
+
+use clawpot_core::facts::Clients;
+use clawpot_core::request::Request;
+use clawpot_core::{Desired, Fact, Facts, GuestFact, Next, Phase, Step, VmRecord, VmmFact, plan};
+use clawpot_types::{Generation, Incarnation, Kind, Retry, Timestamp};
+use proptest::prelude::*;
+use world::{Event, Look, Process, Rest, World};
+
+fn accepted() -> World {
+    World::new(support::record())
+}
+
+/// A VM whose guest answers.
+fn running() -> World {
+    let mut world = accepted();
+    assert_eq!(world.settle().phase, Some(Phase::Running));
+    world
+}
+
+/// Whether `rest` is where a VM may come to rest.
+fn check(world: &World, rest: &Rest) {
+    let nothing_runs = rest.machines.is_empty() && !rest.net;
+    match rest.phase {
+        None => assert!(nothing_runs && !rest.disk && !rest.traces, "forgotten and left behind: {rest:?}"),
+        Some(Phase::Running) => {
+            assert_eq!(rest.desired, Desired::Running);
+            assert_eq!(rest.machines, [(world.record().incarnation, Process::Lives)]);
+            assert!(rest.net);
+        }
+        Some(Phase::Failed) => {
+            assert_eq!(rest.desired, Desired::Running);
+            assert!(nothing_runs && world.record().failure.is_some(), "{rest:?}");
+        }
+        Some(Phase::Stopped) => assert!(nothing_runs && rest.desired == Desired::Stopped, "{rest:?}"),
+        Some(other) => panic!("it rests in {other}: {rest:?}"),
+    }
+    if world.record.is_some() {
+        assert_eq!(world.owned, world.disk.filter(|_| world.owned.is_some()), "the owner's disk is kept");
+    }
+}
+
+fn kind() -> impl Strategy<Value = (Kind, Retry)> {
+    prop_oneof![
+        Just((Kind::Unavailable, Retry::Later)),
+        Just((Kind::Timeout, Retry::Later)),
+        Just((Kind::Exhausted, Retry::AfterFix)),
+        Just((Kind::Internal, Retry::Never)),
+        Just((Kind::Corrupt, Retry::Never)),
+    ]
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let look = prop_oneof![Just(Look::Image), Just(Look::Disk), Just(Look::Net), Just(Look::Vmm), Just(Look::Traces)];
+    prop_oneof![
+        2 => Just(Event::VmmDies),
+        2 => Just(Event::HostReboots),
+        3 => Just(Event::DaemonRestarts),
+        2 => Just(Event::Asked(Request::Start)),
+        2 => Just(Event::Asked(Request::Stop)),
+        1 => Just(Event::Asked(Request::Delete)),
+        2 => kind().prop_map(|(kind, retry)| Event::StepFails(kind, retry)),
+        2 => kind().prop_map(|(kind, retry)| Event::AnswerLost(kind, retry)),
+        3 => look.prop_map(Event::Blind),
+        1 => Just(Event::GuestGoesSilent),
+        1 => Just(Event::GuestIgnoresShutdown),
+        1 => Just(Event::DiskIsLost),
+        1 => Just(Event::ClientsLeave),
+    ]
+}
+
+/// Some turns, an event, some turns, an event, …
+fn story() -> impl Strategy<Value = Vec<(usize, Event)>> {
+    prop::collection::vec((0usize..12, event()), 0..14)
+}
+
+fn tell(world: &mut World, story: &[(usize, Event)]) {
+    for (turns, event) in story {
+        for _ in 0..*turns {
+            if world.record.is_none() || world.turn().is_some() {
+                break;
+            }
+        }
+        world.happen(*event);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_plan_ends_whatever_comes(story in story(), remove_when_done: bool) {
+        let mut world = accepted();
+        world.record.as_mut().unwrap().remove_when_done = remove_when_done;
+        tell(&mut world, &story);
+        if world.record.is_some() {
+            let rest = world.settle();
+            check(&world, &rest);
+        }
+    }
+
+    #[test]
+    fn a_delete_ends_in_nothing_from_anywhere(mut world in anywhere(), story in story()) {
+        world.happen(Event::Asked(Request::Delete));
+        tell(&mut world, &story);
+        if world.record.is_some() {
+            let rest = world.settle();
+            prop_assert_eq!(rest.phase, None);
+            check(&world, &rest);
+        }
+    }
+
+    #[test]
+    fn one_that_is_to_be_removed_goes_when_everyone_left(story in story(), stopped: bool) {
+        let mut world = accepted();
+        world.record.as_mut().unwrap().remove_when_done = true;
+        tell(&mut world, &story);
+        if world.record.is_some() {
+            if stopped {
+                world.happen(Event::Asked(Request::Stop));
+            }
+            world.happen(Event::ClientsLeave);
+            prop_assert_eq!(world.settle().phase, None);
+        }
+    }
+
+    #[test]
+    fn nothing_is_done_on_what_was_not_seen(record in record(), facts in facts(), late: bool) {
+        let now = if late { Timestamp(support::START.0 + 1_000_000_000) } else { support::START };
+        let decide = |facts: &Facts| plan(&record, facts, now, &Default::default());
+        for blind in blinded(&facts) {
+            let next = decide(&blind);
+            if matches!(next, Next::Wait { until: Some(_) }) {
+                continue;
+            }
+            // Only the image is not the VM's own.
+            let own = [&blind.disk, &blind.net, &blind.traces].into_iter().any(|fact| matches!(fact, Fact::Unknown(_)));
+            let unseen = own || matches!(blind.vmm, Fact::Unknown(_));
+            prop_assert!(next != Next::Forget || !unseen, "{:?}", blind);
+            // It would have been the same whatever there is to see.
+            for seen in completed(&blind) {
+                prop_assert_eq!(&decide(&seen), &next, "{:?} decided what {:?} leaves open", seen, blind);
+            }
+        }
+    }
+
+    #[test]
+    fn phases_change_along_the_edges(record in record(), facts in facts(), late: bool) {
+        let now = if late { Timestamp(support::START.0 + 1_000_000_000) } else { support::START };
+        match plan(&record, &facts, now, &Default::default()) {
+            Next::Become { phase, .. } => prop_assert!(record.phase.may_become(phase), "{} ─► {phase}", record.phase),
+            Next::Fail { .. } => prop_assert!(record.phase.may_become(Phase::Failed), "{} ─► failed", record.phase),
+            Next::Wait { until: Some(until) } => prop_assert!(until > now, "waits for {:?} at {:?}", until, now),
+            _ => {}
+        }
+    }
+}
+
+/// A record in any phase but Quarantined.
+fn record() -> impl Strategy<Value = VmRecord> {
+    let phases: Vec<Phase> = Phase::ALL.into_iter().filter(|phase| *phase != Phase::Quarantined).collect();
+    let parts = (
+        prop::sample::select(phases),
+        prop::sample::select(Desired::ALL.to_vec()),
+        0u64..3,
+        any::<[bool; 4]>(),
+        prop::option::of(0u64..3),
+    );
+    parts.prop_map(|(phase, desired, incarnation, [old_boot, deadline, remove_when_done, disk_made], failed)| {
+        let mut record = support::record();
+        record.phase = phase;
+        // Nothing else is possible once it is being deleted.
+        record.desired = if phase == Phase::Deleting { Desired::Deleted } else { desired };
+        record.generation = Generation(2);
+        record.incarnation = Incarnation(incarnation);
+        if incarnation > 0 {
+            record.boot_id = if old_boot { "boot-0" } else { "boot-1" }.to_owned();
+        }
+        record.deadline = deadline.then_some(Timestamp(support::START.0 + 500_000_000));
+        record.remove_when_done = remove_when_done;
+        record.disk_made = disk_made;
+        record.failure = failed.filter(|_| phase == Phase::Failed).map(|generation| clawpot_core::Failure {
+            during: Phase::Booting,
+            generation: Generation(generation),
+            kind: Kind::Internal,
+            message: "it failed".to_owned(),
+            hint: None,
+            cleanup: None,
+            console_tail: Vec::new(),
+        });
+        record
+    })
+}
+
+fn vmm_facts() -> Vec<VmmFact> {
+    let exited = VmmFact::Exited { how: "exit status 1".to_owned() };
+    vec![VmmFact::Prepared, VmmFact::Running { attached: false }, VmmFact::Running { attached: true }, exited]
+}
+
+fn facts() -> impl Strategy<Value = Facts> {
+    let there = || prop::bool::ANY.prop_map(|there| if there { Fact::Present(()) } else { Fact::Absent });
+    let vmm = prop::option::of(prop::sample::select(vmm_facts()));
+    let guest =
+        prop::sample::select(vec![GuestFact::NotAsked, GuestFact::Silent, GuestFact::Ready, GuestFact::ShuttingDown]);
+    let clients = prop::sample::select(vec![Clients::Attached, Clients::NoneSince(support::START), Clients::Done]);
+    (there(), there(), there(), vmm, guest, there(), clients).prop_map(
+        |(image, disk, net, vmm, guest, traces, clients)| Facts {
+            image,
+            disk,
+            net,
+            vmm: vmm.map_or(Fact::Absent, Fact::Present),
+            guest,
+            traces,
+            clients,
+            boot_id: "boot-1".to_owned(),
+        },
+    )
+}
+
+fn unknown<T>() -> Fact<T> {
+    Fact::Unknown("the look failed".to_owned())
+}
+
+/// `facts` with one or all of them unseen.
+fn blinded(facts: &Facts) -> Vec<Facts> {
+    let one = |change: fn(&mut Facts)| {
+        let mut facts = facts.clone();
+        change(&mut facts);
+        facts
+    };
+    vec![
+        one(|facts| facts.image = unknown()),
+        one(|facts| facts.disk = unknown()),
+        one(|facts| facts.net = unknown()),
+        one(|facts| facts.vmm = unknown()),
+        one(|facts| facts.traces = unknown()),
+        one(|facts| {
+            (facts.image, facts.disk, facts.net, facts.traces) = (unknown(), unknown(), unknown(), unknown());
+            facts.vmm = unknown();
+        }),
+    ]
+}
+
+/// Everything that may be behind what was not seen.
+fn completed(blind: &Facts) -> Vec<Facts> {
+    let options = |fact: &Fact<()>| match fact {
+        Fact::Unknown(_) => vec![Fact::Present(()), Fact::Absent],
+        seen => vec![seen.clone()],
+    };
+    let vmms = match &blind.vmm {
+        Fact::Unknown(_) => vmm_facts().into_iter().map(Fact::Present).chain([Fact::Absent]).collect(),
+        seen => vec![seen.clone()],
+    };
+    let mut all = vec![blind.clone()];
+    let mut vary = |choices: Vec<Box<dyn Fn(&mut Facts)>>| {
+        all = all
+            .iter()
+            .flat_map(|facts| {
+                choices.iter().map(|choice| {
+                    let mut facts = facts.clone();
+                    choice(&mut facts);
+                    facts
+                })
+            })
+            .collect();
+    };
+    let boxed = |fact: Fact<()>, set: fn(&mut Facts, Fact<()>)| -> Box<dyn Fn(&mut Facts)> {
+        Box::new(move |facts| set(facts, fact.clone()))
+    };
+    let vary_one = |fact: &Fact<()>, set: fn(&mut Facts, Fact<()>)| -> Vec<Box<dyn Fn(&mut Facts)>> {
+        options(fact).into_iter().map(|fact| boxed(fact, set)).collect()
+    };
+    vary(vary_one(&blind.image, |facts, fact| facts.image = fact));
+    vary(vary_one(&blind.disk, |facts, fact| facts.disk = fact));
+    vary(vary_one(&blind.net, |facts, fact| facts.net = fact));
+    vary(vary_one(&blind.traces, |facts, fact| facts.traces = fact));
+    vary(vmms.into_iter().map(|vmm| Box::new(move |facts: &mut Facts| facts.vmm = vmm.clone()) as _).collect());
+    all
+}
+
+/// A world with a record in any phase and anything there of its current incarnation.
+fn anywhere() -> impl Strategy<Value = World> {
+    let process = prop::option::of(prop::sample::select(vec![Process::NotStarted, Process::Lives, Process::Exited]));
+    (record(), any::<[bool; 5]>(), process).prop_map(|(record, [image, disk, net, traces, attached], process)| {
+        let incarnation = record.incarnation;
+        let mut world = World::new(record);
+        world.image = image;
+        world.net = net;
+        world.traces = traces;
+        if disk {
+            world.make_disk();
+        }
+        // Before the first boot nothing can have a name.
+        if let Some(process) = process.filter(|_| incarnation.0 > 0) {
+            world.machines.insert(incarnation, process);
+            world.attached = (attached && process == Process::Lives).then_some(incarnation);
+        }
+        world
+    })
+}
+
+/// How a VM gets from each stage to the next.
+fn scenarios() -> Vec<(&'static str, World, Option<Request>, Option<Phase>)> {
+    let mut stopped = running();
+    stopped.happen(Event::Asked(Request::Stop));
+    assert_eq!(stopped.settle().phase, Some(Phase::Stopped));
+    vec![
+        ("create", accepted(), None, Some(Phase::Running)),
+        ("stop", running(), Some(Request::Stop), Some(Phase::Stopped)),
+        ("start", stopped.clone(), Some(Request::Start), Some(Phase::Running)),
+        ("delete what runs", running(), Some(Request::Delete), None),
+        ("delete what is stopped", stopped, Some(Request::Delete), None),
+    ]
+}
+
+/// Every run from here on, with `event` before its first, second, … turn.
+fn at_every_turn(start: &World, event: Event) -> Vec<(World, Rest)> {
+    let mut runs = Vec::new();
+    for turn in 0.. {
+        let mut world = start.clone();
+        let mut over = None;
+        for _ in 0..turn {
+            over = over.or_else(|| world.turn());
+        }
+        if over.is_some() {
+            return runs;
+        }
+        world.happen(event);
+        let rest = world.settle();
+        check(&world, &rest);
+        runs.push((world, rest));
+    }
+    unreachable!("every run ends")
+}
+
+#[test]
+fn a_restart_of_the_daemon_after_any_step_changes_nothing() {
+    for (name, mut start, request, end) in scenarios() {
+        request.into_iter().for_each(|request| start.happen(Event::Asked(request)));
+        let expected = start.clone().settle();
+        assert_eq!(expected.phase, end, "{name}");
+        let runs = at_every_turn(&start, Event::DaemonRestarts);
+        assert!(runs.len() > 3, "{name}: {} turns", runs.len());
+        for (turn, (_, rest)) in runs.iter().enumerate() {
+            assert_eq!(*rest, expected, "{name}, restarted before turn {turn}");
+        }
+    }
+}
+
+#[test]
+fn a_failed_look_at_any_moment_changes_nothing() {
+    for (name, mut start, request, _) in scenarios() {
+        request.into_iter().for_each(|request| start.happen(Event::Asked(request)));
+        let expected = start.clone().settle();
+        for look in [Look::Image, Look::Disk, Look::Net, Look::Vmm, Look::Traces] {
+            for (turn, (_, rest)) in at_every_turn(&start, Event::Blind(look)).iter().enumerate() {
+                assert_eq!(*rest, expected, "{name}, blind for {look:?} at turn {turn}");
+            }
+        }
+    }
+}
+
+/// After death or reboot at any moment: the truth is told, and the next start gets it going with its disk.
+#[test]
+fn what_died_can_be_started_again() {
+    for event in [Event::VmmDies, Event::HostReboots] {
+        for (name, start, ..) in scenarios().into_iter().take(1).chain([("running", running(), None, None)]) {
+            for (turn, (mut world, rest)) in at_every_turn(&start, event).into_iter().enumerate() {
+                let disk = world.owned;
+                if rest.phase == Some(Phase::Failed) {
+                    world.happen(Event::Asked(Request::Start));
+                    assert_eq!(world.settle().phase, Some(Phase::Running), "{name}, {event:?} at turn {turn}");
+                }
+                assert!(disk.is_none() || world.disk == disk, "{name}: another disk");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_change_of_mind_at_any_moment_is_followed() {
+    for (name, mut start, request, _) in scenarios() {
+        request.into_iter().for_each(|request| start.happen(Event::Asked(request)));
+        for change in [Request::Start, Request::Stop, Request::Delete] {
+            for (turn, (world, rest)) in at_every_turn(&start, Event::Asked(change)).into_iter().enumerate() {
+                let expected = match rest.desired {
+                    Desired::Running => Some(Phase::Running),
+                    Desired::Stopped => Some(Phase::Stopped),
+                    Desired::Deleted => None,
+                };
+                assert_eq!(rest.phase, expected, "{name}, then {change:?} at turn {turn}: {world:?}");
+            }
+        }
+    }
+}
+
+/// A step that always fails: the VM fails and says so, and can be deleted; what takes down is repeated until it works.
+#[test]
+fn a_step_that_always_fails_leaves_nothing_behind() {
+    let going_up = [
+        Step::EnsureImage,
+        Step::CreateDisk,
+        Step::EnsureNet,
+        Step::PrepareVmm,
+        Step::StartVmm,
+        Step::AttachVmm,
+        Step::SayHello,
+    ];
+    for step in going_up {
+        for (kind, retry) in [(Kind::Internal, Retry::Never), (Kind::Unavailable, Retry::Later)] {
+            if (step, retry) == (Step::EnsureImage, Retry::Later) {
+                // Repeated for as long as that may help.
+                continue;
+            }
+            let mut world = accepted();
+            world.broken = Some((step, kind, retry));
+            let rest = world.settle();
+            check(&world, &rest);
+            assert_eq!(rest.phase, Some(Phase::Failed), "{step:?}: {kind:?}");
+            world.happen(Event::Asked(Request::Delete));
+            assert_eq!(world.settle().phase, None, "{step:?}");
+        }
+    }
+    let going_down = [Step::KillVmm, Step::DestroyVmm, Step::RemoveNet, Step::RemoveDisk, Step::RemoveTraces];
+    for step in going_down {
+        let mut world = running();
+        world.happen(Event::Asked(Request::Delete));
+        world.broken = Some((step, Kind::Internal, Retry::Never));
+        for _ in 0..200 {
+            assert_eq!(world.turn(), None, "{step:?}: it gave up");
+        }
+        world.broken = None;
+        let rest = world.settle();
+        assert_eq!(rest.phase, None, "{step:?}");
+        check(&world, &rest);
+    }
+}
+
+#[test]
+fn a_quarantined_vm_is_left_alone() {
+    for desired in Desired::ALL {
+        let mut world = running();
+        let record = world.record.as_mut().unwrap();
+        record.phase = Phase::Quarantined;
+        record.desired = desired;
+        assert_eq!(world.plan(), Next::Wait { until: None });
+    }
+}
