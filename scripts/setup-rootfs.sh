@@ -17,7 +17,7 @@ usual_packages=bash,coreutils,curl,ca-certificates,git,python3
 # Nobody reads these in a microVM; they are a third of the packages' files.
 left_out=('/usr/share/man/*' '/usr/share/doc/*' '/usr/share/info/*' '/usr/share/locale/*' '/usr/share/i18n/*'
   '/usr/share/lintian/*' '/usr/share/bash-completion/*' '/usr/share/gitweb/*')
-# The same image from the same packages: file system ids derive from nothing that changes.
+# The same for every image: read-only file systems in separate VMs never meet.
 filesystem_uuid=c1a4b07e-0000-4000-8000-000000000001
 
 store() { as_root /usr/bin/python3 "$repo/scripts/lib/imagestore.py" "$assets" "$@"; }
@@ -71,14 +71,33 @@ build_tree() {
 # ext4 rather than erofs: built into Debian's cloud kernel, made in half a second, and as fast to read under emulation
 # (python3 with three imports 0.80 s from ext4, 0.85 s from erofs, 0.86 s from erofs with LZ4, all cold).
 pack_tree() {
-  local scratch=$1 mib inodes epoch
+  local scratch=$1 mib inodes
+  # Read by all of e2fsprogs in place of the clock.
+  E2FSPROGS_FAKE_TIME=$(publication_time)
+  export E2FSPROGS_FAKE_TIME=${E2FSPROGS_FAKE_TIME:-1}
   mib=$(($(as_root du -s --block-size=1M "$scratch/root" | cut -f1) * 5 / 4 + 64))
   inodes=$(($(as_root find "$scratch/root" -xdev | wc -l) + 1024))
-  epoch=$(publication_time)
-  as_root env E2FSPROGS_FAKE_TIME="${epoch:-1}" mke2fs -q -F -t ext4 -b 4096 -m 0 -N "$inodes" -L rootfs -U "$filesystem_uuid" \
+  with_fake_time mke2fs -q -F -t ext4 -b 4096 -m 0 -N "$inodes" -L rootfs -U "$filesystem_uuid" \
     -E "hash_seed=$filesystem_uuid,lazy_itable_init=0" -O ^has_journal,^resize_inode -d "$scratch/root" "$scratch/rootfs" "${mib}M"
-  as_root env E2FSPROGS_FAKE_TIME="${epoch:-1}" resize2fs -M "$scratch/rootfs"
-  as_root env E2FSPROGS_FAKE_TIME="${epoch:-1}" e2fsck -fn "$scratch/rootfs"
+  with_fake_time resize2fs -M "$scratch/rootfs"
+  inode_times "$scratch/rootfs" | as_root tee "$scratch/times" >/dev/null
+  with_fake_time debugfs -w -f "$scratch/times" "$scratch/rootfs" >/dev/null
+  with_fake_time e2fsck -fn "$scratch/rootfs"
+}
+
+with_fake_time() { as_root env E2FSPROGS_FAKE_TIME="$E2FSPROGS_FAKE_TIME" "$@"; }
+
+# inode_times FILE: commands that set what mke2fs took over from the moment at which the tree was made. With that the same
+# packages give the same bytes, so an image that was damaged can be built again under its old digest.
+inode_times() {
+  local total free
+  read -r total free < <(as_root dumpe2fs -h "$1" 2>/dev/null | awk '/^Inode count/ { t = $3 } /^Free inodes/ { f = $3 } END { print t, f }')
+  awk -v last="$((total - free))" -v time="$E2FSPROGS_FAKE_TIME" 'BEGIN {
+    for (inode = 2; inode <= last; inode++) {
+      split("atime ctime crtime", times); for (i in times) print "sif <" inode "> " times[i] " @" time
+      split("atime_extra ctime_extra crtime_extra mtime_extra", extras); for (i in extras) print "sif <" inode "> " extras[i] " 0"
+    }
+  }'
 }
 
 # keep SCRATCH NAME INPUTS
