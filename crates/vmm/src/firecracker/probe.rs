@@ -26,7 +26,7 @@ use super::jailer::{self, Inmate};
 use super::libs::{PROGRAM, Toolbox};
 use crate::jail::{INITRAMFS, KERNEL};
 
-/// From the start to the kernel's first line: 0.9–1.4 s were measured on an emulated AMD CPU, the slowest host there is.
+/// From the start to the kernel's first line: 0.9–1.6 s were measured on an emulated AMD CPU, the slowest host there is.
 const LIMIT: Duration = Duration::from_secs(6);
 /// What the kernel says first.
 const FIRST_WORDS: &[u8] = b"Linux version";
