@@ -254,34 +254,23 @@ fn completed(blind: &Facts) -> Vec<Facts> {
         Fact::Unknown(_) => vec![Fact::Present(()), Fact::Absent],
         seen => vec![seen.clone()],
     };
-    let vmms = match &blind.vmm {
+    let vmms: Vec<_> = match &blind.vmm {
         Fact::Unknown(_) => vmm_facts().into_iter().map(Fact::Present).chain([Fact::Absent]).collect(),
         seen => vec![seen.clone()],
     };
-    let mut all = vec![blind.clone()];
-    let mut vary = |choices: Vec<Box<dyn Fn(&mut Facts)>>| {
-        all = all
-            .iter()
-            .flat_map(|facts| {
-                choices.iter().map(|choice| {
-                    let mut facts = facts.clone();
-                    choice(&mut facts);
-                    facts
-                })
-            })
-            .collect();
-    };
-    let boxed = |fact: Fact<()>, set: fn(&mut Facts, Fact<()>)| -> Box<dyn Fn(&mut Facts)> {
-        Box::new(move |facts| set(facts, fact.clone()))
-    };
-    let vary_one = |fact: &Fact<()>, set: fn(&mut Facts, Fact<()>)| -> Vec<Box<dyn Fn(&mut Facts)>> {
-        options(fact).into_iter().map(|fact| boxed(fact, set)).collect()
-    };
-    vary(vary_one(&blind.image, |facts, fact| facts.image = fact));
-    vary(vary_one(&blind.disk, |facts, fact| facts.disk = fact));
-    vary(vary_one(&blind.net, |facts, fact| facts.net = fact));
-    vary(vary_one(&blind.traces, |facts, fact| facts.traces = fact));
-    vary(vmms.into_iter().map(|vmm| Box::new(move |facts: &mut Facts| facts.vmm = vmm.clone()) as _).collect());
+    let mut all = Vec::new();
+    for image in options(&blind.image) {
+        for disk in options(&blind.disk) {
+            for net in options(&blind.net) {
+                for traces in options(&blind.traces) {
+                    all.extend(vmms.iter().map(|vmm| {
+                        let (image, disk, net, traces) = (image.clone(), disk.clone(), net.clone(), traces.clone());
+                        Facts { image, disk, net, traces, vmm: vmm.clone(), ..blind.clone() }
+                    }));
+                }
+            }
+        }
+    }
     all
 }
 
