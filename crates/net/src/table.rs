@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use clawpot_types::{Error, Result, Slot};
 use tokio::sync::Mutex;
 
-use crate::kernel::nft::Nft;
+use crate::kernel::nft::{Nft, inet_table_exists};
 use crate::rules::host;
 use crate::slot::Site;
 
@@ -43,7 +43,7 @@ impl HostTable {
         };
         // Somebody flushed the host's rules: make ours again, all of them.
         let all: BTreeSet<Slot> = admitted.iter().copied().chain([slot]).collect();
-        self.again(nft, site, all, &mut admitted, failed).await
+        self.again((nft, site), all, &mut admitted, &failed).await
     }
 
     pub(crate) async fn silence(&self, nft: &Nft, site: &Site, slot: Slot) -> Result<()> {
@@ -60,26 +60,40 @@ impl HostTable {
             Err(error) => error,
         };
         let rest: BTreeSet<Slot> = admitted.iter().copied().filter(|other| *other != slot).collect();
-        self.again(nft, site, rest, &mut admitted, failed).await
+        self.again((nft, site), rest, &mut admitted, &failed).await
     }
 
     /// The whole table, after one transaction on it failed.
     async fn again(
         &self,
-        nft: &Nft,
-        site: &Site,
+        (nft, site): (&Nft, &Site),
         slots: BTreeSet<Slot>,
         admitted: &mut BTreeSet<Slot>,
-        failed: Error,
+        failed: &Error,
     ) -> Result<()> {
         tracing::warn!(
             error = failed.chain(),
             "the host's table for network slots is not as it was left; loading it again"
         );
+        self.load(nft, site, slots, admitted).await
+    }
+
+    async fn load(&self, nft: &Nft, site: &Site, slots: BTreeSet<Slot>, admitted: &mut BTreeSet<Slot>) -> Result<()> {
         let rules = host::replace(&site.names, &site.block, slots.iter().copied());
         nft.run(&rules, None, "loading the host's table for network slots again").await?;
         *admitted = slots;
         Ok(())
+    }
+
+    /// Somebody's `nft flush ruleset` takes our table too; nobody else brings it back.
+    pub(crate) async fn restore_if_lost(&self, nft: &Nft, site: &Site) -> Result<()> {
+        let mut admitted = self.admitted.lock().await;
+        if inet_table_exists(&site.names.table())? {
+            return Ok(());
+        }
+        tracing::warn!("the host's table for network slots is gone; loading it again");
+        let slots = admitted.clone();
+        self.load(nft, site, slots, &mut admitted).await
     }
 
     pub(crate) async fn admitted(&self) -> BTreeSet<Slot> {

@@ -1,20 +1,39 @@
-//! Makes the slots ready that are likely to be asked for next, one at a time, so that a create makes no link.
+//! The background: makes the slots ready that are likely to be asked for next, one at a time, so that a create makes no
+//! link; and brings the host's table back when somebody flushed it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use clawpot_types::{Result, Slot};
 use tokio::sync::watch;
+use tokio::time::{MissedTickBehavior, interval};
 
 use crate::mark::{RulesDigest, Standing};
 use crate::work::Workshop;
 
+/// How long VMs may be without a network after the host's rules were flushed. A look costs some microseconds.
+const LOOK_AT_TABLE: Duration = Duration::from_secs(5);
+
 /// Until nobody can want anything any more.
 pub(crate) async fn run(shop: Arc<Workshop>, mut wanted: watch::Receiver<Option<Vec<Slot>>>) {
-    while wanted.changed().await.is_ok() {
-        let Some(slots) = wanted.borrow_and_update().clone() else { return };
-        if let Err(error) = serve(&shop, &slots, &wanted).await {
-            // The next wish tries again; a create makes its slot itself meanwhile.
-            tracing::warn!(error = error.chain(), "network slots could not be made ready ahead");
+    let mut look = interval(LOOK_AT_TABLE);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            biased;
+            changed = wanted.changed() => {
+                let slots = wanted.borrow_and_update().clone();
+                let (Ok(()), Some(slots)) = (changed, slots) else { return };
+                if let Err(error) = serve(&shop, &slots, &wanted).await {
+                    // The next wish tries again; a create makes its slot itself meanwhile.
+                    tracing::warn!(error = error.chain(), "network slots could not be made ready ahead");
+                }
+            }
+            _ = look.tick() => {
+                if let Err(error) = shop.table.restore_if_lost(&shop.nft, &shop.site).await {
+                    tracing::error!(error = error.chain(), "VMs have no network: the host's table for them is gone");
+                }
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use clawpot_types::Result;
 use rustix::io::Errno;
 
-use super::netlink::{Netlink, Refused, attributes};
+use super::netlink::{Netlink, Refused, append_attribute, attributes};
 
 /// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_{GET,DELETE}`
 const GET: u16 = 0x0101;
@@ -69,16 +69,7 @@ fn key(entry: &[u8]) -> Vec<u8> {
             CTA_ZONE | CTA_ID => 0,
             _ => continue,
         };
-        append(&mut bytes, kind | flag, value);
+        append_attribute(&mut bytes, kind | flag, value);
     }
     bytes
-}
-
-fn append(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    // A netlink attribute is shorter than 64 KiB, and so is its value.
-    let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
-    bytes.extend_from_slice(&length.to_ne_bytes());
-    bytes.extend_from_slice(&kind.to_ne_bytes());
-    bytes.extend_from_slice(value);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
 }

@@ -1,4 +1,5 @@
-//! Runs `nft -j -f -`: one transaction, all of it or nothing.
+//! Runs `nft -j -f -`: one transaction, all of it or nothing. Only whether a table is there is asked by netlink: that is
+//! asked often.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -7,7 +8,27 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use clawpot_host::process::Tool;
 use clawpot_types::{Error, Result};
 
+use rustix::io::Errno;
+
+use super::netlink::{Netlink, Refused, append_attribute};
 use crate::rules::nft::Transaction;
+
+/// `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE`
+const GET_TABLE: u16 = 0x0a01;
+/// `struct nfgenmsg`: family inet, version, resource.
+const INET: [u8; 4] = [1, 0, 0, 0];
+const NFTA_TABLE_NAME: u16 = 1;
+
+/// Whether the `inet` table is there, in the calling thread's namespace. Some microseconds.
+pub(crate) fn inet_table_exists(name: &str) -> Result<bool> {
+    let mut body = INET.to_vec();
+    append_attribute(&mut body, NFTA_TABLE_NAME, &[name.as_bytes(), &[0]].concat());
+    match Netlink::netfilter()?.request_raw(GET_TABLE, 0, &body) {
+        Ok(()) => Ok(true),
+        Err(Refused(Errno::NOENT)) => Ok(false),
+        Err(refused) => Err(refused.to_error(format!("looking for the table inet {name}"))),
+    }
+}
 
 #[derive(Debug)]
 pub(crate) struct Nft {

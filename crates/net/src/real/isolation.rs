@@ -61,8 +61,12 @@ fn a_guest_reaches_the_world_and_the_resolver_and_nothing_else() {
         // Somebody flushes all the host's rules: the way out is gone, the walls are not.
         Tool::new(paths().nft).args(["flush", "ruleset"]).run().await.unwrap();
         reaches_nothing_forbidden(&net, &guest, slot, other);
-        // The next transaction finds out and brings everybody's back.
+        // The next transaction finds out and brings everybody's back; without one, the background does.
         net.ensure(Slot(9)).await.unwrap();
+        assert_eq!(guest.tcp(PUBLIC, PORT).as_deref(), Some("203.0.113.2"));
+        Tool::new(paths().nft).args(["flush", "ruleset"]).run().await.unwrap();
+        let shop = net.shop();
+        shop.table.restore_if_lost(&shop.nft, &shop.site).await.unwrap();
         assert_eq!(guest.tcp(PUBLIC, PORT).as_deref(), Some("203.0.113.2"));
         assert_eq!(sibling.tcp(PUBLIC, PORT).as_deref(), Some("203.0.113.2"));
     });
