@@ -116,8 +116,8 @@ struct State {
     always: BTreeMap<Method, Injection>,
     /// Remaining effects until the crash.
     crash_in: Option<u32>,
-    /// After the crash nothing answers any more until [`Faults::recover`].
-    down: bool,
+    /// Which daemon is alive; calls of earlier ones are never answered.
+    life: u64,
     calls: Vec<Method>,
 }
 
@@ -150,33 +150,40 @@ impl Faults {
         state.planned.retain(|(planned, ..)| *planned != method);
     }
 
-    /// The daemon dies in the `nth` call with an effect from now: the effect is there, the answer never comes, and no
-    /// other call of the old daemon does anything from then on. Wait for [`Self::crashed`], drop it, [`Self::recover`].
+    /// The daemon dies in the `nth` call with an effect from now: the effect is there, the answer never comes, and
+    /// nothing that this daemon still does has an effect. Wait for [`Self::crashed`] and build the next one.
     pub fn crash_at_effect(&self, nth: u32) {
         self.lock().crash_in = Some(nth.max(1));
     }
 
-    /// Returns when the crash has come.
+    /// `kill -9`, now: nothing that the daemon still does has an effect, and no crash is planned any more.
+    pub fn kill_daemon(&self) {
+        let mut state = self.lock();
+        state.crash_in = None;
+        state.life += 1;
+    }
+
+    /// Returns when the planned crash has come; forgets it.
     pub async fn crashed(&self) {
         let mut crashed = self.crashed.subscribe();
         // The sender lives in self.
         if crashed.wait_for(|crashed| *crashed).await.is_err() {
             std::future::pending::<()>().await;
         }
-    }
-
-    #[must_use]
-    pub fn has_crashed(&self) -> bool {
-        *self.crashed.borrow()
-    }
-
-    /// A new daemon: calls are answered again and no crash is planned.
-    pub fn recover(&self) {
-        let mut state = self.lock();
-        state.crash_in = None;
-        state.down = false;
-        drop(state);
         self.crashed.send_replace(false);
+    }
+
+    /// Whether a planned crash is still to come.
+    #[must_use]
+    pub fn crash_is_planned(&self) -> bool {
+        self.lock().crash_in.is_some()
+    }
+
+    /// The line of the daemon that lives now.
+    #[must_use]
+    pub fn line(self: &Arc<Self>) -> Line {
+        let life = self.lock().life;
+        Line { faults: Arc::clone(self), life }
     }
 
     /// Every call so far, in order.
@@ -191,42 +198,16 @@ impl Faults {
         self.lock().calls.iter().filter(|called| **called == method).count()
     }
 
-    /// A call: `work` with whatever was planned for it.
-    pub(crate) async fn call<T>(&self, method: Method, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        match self.next(method) {
-            None => work(),
-            Some(Planned::Dead) => std::future::pending().await,
-            Some(Planned::Crash) => {
-                drop(work());
-                self.crashed.send_replace(true);
-                std::future::pending().await
-            }
-            Some(Planned::Injected(injection)) => match injection {
-                Injection::Error(kind) => Err(injected(method, kind)),
-                Injection::ErrorAfter(kind) => work().and(Err(injected(method, kind))),
-                Injection::Hang => std::future::pending().await,
-                Injection::HangAfter => {
-                    drop(work());
-                    std::future::pending().await
-                }
-                Injection::Delay(time) => {
-                    tokio::time::sleep(time).await;
-                    work()
-                }
-            },
-        }
-    }
-
-    fn next(&self, method: Method) -> Option<Planned> {
+    fn next(&self, life: u64, method: Method) -> Option<Planned> {
         let mut state = self.lock();
-        if state.down {
+        if state.life != life {
             return Some(Planned::Dead);
         }
         state.calls.push(method);
         if let Some(left) = state.crash_in.filter(|_| method.has_effect()) {
             state.crash_in = (left > 1).then(|| left - 1);
             if left == 1 {
-                state.down = true;
+                state.life += 1;
                 return Some(Planned::Crash);
             }
         }
@@ -245,6 +226,42 @@ impl Faults {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The way of one daemon's calls. After its death they are never answered, whoever still makes them.
+#[derive(Clone, Debug)]
+pub struct Line {
+    faults: Arc<Faults>,
+    life: u64,
+}
+
+impl Line {
+    /// A call: `work` with whatever was planned for it.
+    pub(crate) async fn call<T>(&self, method: Method, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        match self.faults.next(self.life, method) {
+            None => work(),
+            Some(Planned::Dead) => std::future::pending().await,
+            Some(Planned::Crash) => {
+                drop(work());
+                self.faults.crashed.send_replace(true);
+                std::future::pending().await
+            }
+            Some(Planned::Injected(injection)) => match injection {
+                Injection::Error(kind) => Err(injected(method, kind)),
+                Injection::ErrorAfter(kind) => work().and(Err(injected(method, kind))),
+                Injection::Hang => std::future::pending().await,
+                Injection::HangAfter => {
+                    drop(work());
+                    std::future::pending().await
+                }
+                Injection::Delay(time) => {
+                    tokio::time::sleep(time).await;
+                    // It may have died meanwhile.
+                    if self.faults.lock().life == self.life { work() } else { std::future::pending().await }
+                }
+            },
+        }
     }
 }
 

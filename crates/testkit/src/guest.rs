@@ -12,11 +12,22 @@ use clawpot_types::{Error, ExecId, Kind, Millis, Result};
 use futures_util::StreamExt as _;
 use tokio::time::Instant;
 
-use crate::faults::Method;
+use crate::faults::{Line, Method};
 use crate::host::{FakeExec, FakeHost, FakeProcess, Inventory, Shutdown};
 
 #[derive(Debug)]
-pub struct FakeGuest(pub Arc<FakeHost>);
+pub struct FakeGuest {
+    host: Arc<FakeHost>,
+    line: Line,
+}
+
+impl FakeGuest {
+    /// Of the daemon that lives now.
+    #[must_use]
+    pub fn new(host: &Arc<FakeHost>) -> Self {
+        Self { host: Arc::clone(host), line: host.faults.line() }
+    }
+}
 
 /// How long an attempt takes when nobody answers.
 const PATIENCE: Duration = Duration::from_millis(10);
@@ -24,7 +35,7 @@ const PATIENCE: Duration = Duration::from_millis(10);
 #[async_trait]
 impl Guest for FakeGuest {
     async fn hello(&self, id: &MachineId, endpoint: &GuestEndpoint) -> Result<Hello> {
-        let answer = self.0.faults.call(Method::GuestHello, || self.answers(id, endpoint)).await;
+        let answer = self.line.call(Method::GuestHello, || self.answers(id, endpoint)).await;
         if answer.is_err() {
             tokio::time::sleep(PATIENCE).await;
         }
@@ -43,7 +54,7 @@ impl Guest for FakeGuest {
         endpoint: &GuestEndpoint,
         mut input: BoxStream<ExecInput>,
     ) -> Result<BoxStream<Result<ExecOutput>>> {
-        self.0.faults.call(Method::GuestExec, || self.answers(id, endpoint)).await?;
+        self.line.call(Method::GuestExec, || self.answers(id, endpoint)).await?;
         let (exec, seen) = match input.next().await {
             Some(ExecInput::Start(start)) => match self.spawn(id, &start) {
                 Ok(()) => (start.id, 0),
@@ -52,14 +63,15 @@ impl Guest for FakeGuest {
             Some(ExecInput::Attach(attach)) => (attach.id, attach.stdout),
             _ => return Err(Error::new(Kind::InvalidArgument, "exec: the first frame must be start or attach")),
         };
-        let attachment = Attachment { host: Arc::clone(&self.0), machine: id.clone(), exec, seen, input: Some(input) };
+        let attachment =
+            Attachment { host: Arc::clone(&self.host), machine: id.clone(), exec, seen, input: Some(input) };
         Ok(attachment.into_stream())
     }
 
     async fn shutdown(&self, id: &MachineId, endpoint: &GuestEndpoint, _grace: Millis) -> Result<()> {
         let work = || {
             self.answers(id, endpoint)?;
-            self.0.change(|inventory| {
+            self.host.change(|inventory| {
                 let Shutdown::After(time) = inventory.shutdown else { return };
                 if let Some(FakeProcess::Lives { ends, .. }) = inventory.machines.get_mut(id).map(|m| &mut m.process) {
                     *ends = Some((Instant::now() + time, "exit status 0".to_owned()));
@@ -67,7 +79,7 @@ impl Guest for FakeGuest {
             });
             Ok(())
         };
-        self.0.faults.call(Method::GuestShutdown, work).await
+        self.line.call(Method::GuestShutdown, work).await
     }
 
     fn forget(&self, _id: &MachineId) {}
@@ -75,7 +87,7 @@ impl Guest for FakeGuest {
 
 impl FakeGuest {
     fn answers(&self, id: &MachineId, endpoint: &GuestEndpoint) -> Result<()> {
-        let mut inventory = self.0.lock();
+        let mut inventory = self.host.lock();
         if *endpoint != crate::vmm::endpoint(id) {
             inventory.violation(format!("machine {id} was looked for at {endpoint:?}"));
             return Err(Error::new(Kind::FailedPrecondition, format!("guest {id}: another machine answers")));
@@ -101,7 +113,7 @@ impl FakeGuest {
         };
         let end = ExecEnd::Code(i32::try_from(code).unwrap_or(i32::MAX));
         let exec = FakeExec { output: output.into_bytes(), ends_at, end, killed: false };
-        self.0.change(|inventory| {
+        self.host.change(|inventory| {
             if let Some(machine) = inventory.machines.get_mut(id) {
                 machine.execs.entry(start.id.clone()).or_insert(exec);
             }

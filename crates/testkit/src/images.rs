@@ -8,17 +8,28 @@ use clawpot_core::ImagePin;
 use clawpot_core::ports::{BootFiles, ImageInfo, Images, UnreadableImage};
 use clawpot_types::{Digest, Error, ImageRef, Kind, MiB, Result, VmId};
 
-use crate::faults::Method;
+use crate::faults::{Line, Method};
 use crate::host::{Disk, FakeHost, FakeProcess};
 
 #[derive(Debug)]
-pub struct FakeImages(pub Arc<FakeHost>);
+pub struct FakeImages {
+    host: Arc<FakeHost>,
+    line: Line,
+}
+
+impl FakeImages {
+    /// Of the daemon that lives now.
+    #[must_use]
+    pub fn new(host: &Arc<FakeHost>) -> Self {
+        Self { host: Arc::clone(host), line: host.faults.line() }
+    }
+}
 
 #[async_trait]
 impl Images for FakeImages {
     async fn resolve(&self, image: &ImageRef) -> Result<ImagePin> {
         let work = || {
-            let inventory = self.0.lock();
+            let inventory = self.host.lock();
             let found = match image {
                 ImageRef::Name(name) => inventory.images.get(name).map(|(digest, _)| digest),
                 ImageRef::Digest(digest) => inventory.images.values().map(|(known, _)| known).find(|d| *d == digest),
@@ -29,20 +40,20 @@ impl Images for FakeImages {
                 Error::new(Kind::NotFound, format!("image {image}: not here")).hint(hint)
             })
         };
-        self.0.faults.call(Method::ImagesResolve, work).await
+        self.line.call(Method::ImagesResolve, work).await
     }
 
     async fn look(&self, pin: &ImagePin) -> Result<Option<()>> {
         let work = || {
-            let inventory = self.0.lock();
+            let inventory = self.host.lock();
             Ok(inventory.images.values().any(|(digest, verified)| *digest == pin.digest && *verified).then_some(()))
         };
-        self.0.faults.call(Method::ImagesLook, work).await
+        self.line.call(Method::ImagesLook, work).await
     }
 
     async fn ensure(&self, pin: &ImagePin) -> Result<BootFiles> {
         let work = || {
-            self.0.change(|inventory| {
+            self.host.change(|inventory| {
                 let image = inventory.images.values_mut().find(|(digest, _)| *digest == pin.digest);
                 let Some((_, verified)) = image else {
                     return Err(Error::new(Kind::NotFound, format!("image {}: gone", pin.digest)));
@@ -56,11 +67,11 @@ impl Images for FakeImages {
                 })
             })
         };
-        self.0.faults.call(Method::ImagesEnsure, work).await
+        self.line.call(Method::ImagesEnsure, work).await
     }
 
     async fn list(&self) -> Result<(Vec<ImageInfo>, Vec<UnreadableImage>)> {
-        let inventory = self.0.lock();
+        let inventory = self.host.lock();
         let info = |(name, (digest, _)): (&String, &(Digest, bool))| ImageInfo {
             name: name.clone(),
             digest: digest.clone(),
@@ -76,25 +87,25 @@ impl Images for FakeImages {
     }
 
     async fn look_disk(&self, vm: &VmId) -> Result<Option<()>> {
-        let work = || Ok(self.0.lock().disks.contains_key(vm).then_some(()));
-        self.0.faults.call(Method::ImagesLookDisk, work).await
+        let work = || Ok(self.host.lock().disks.contains_key(vm).then_some(()));
+        self.line.call(Method::ImagesLookDisk, work).await
     }
 
     async fn create_disk(&self, vm: &VmId, size: MiB) -> Result<PathBuf> {
         let work = || {
-            self.0.change(|inventory| {
+            self.host.change(|inventory| {
                 inventory.disks_made += 1;
                 let serial = inventory.disks_made;
                 inventory.disks.entry(vm.clone()).or_insert(Disk { size, serial });
             });
             Ok(self.disk_path(vm))
         };
-        self.0.faults.call(Method::ImagesCreateDisk, work).await
+        self.line.call(Method::ImagesCreateDisk, work).await
     }
 
     async fn remove_disk(&self, vm: &VmId) -> Result<()> {
         let work = || {
-            self.0.change(|inventory| {
+            self.host.change(|inventory| {
                 let lives = |process: &FakeProcess| matches!(process, FakeProcess::Lives { .. });
                 if inventory.machines.iter().any(|(id, machine)| id.vm == *vm && lives(&machine.process)) {
                     inventory.violation(format!("the disk of {vm} was removed under its living VMM"));
@@ -103,6 +114,6 @@ impl Images for FakeImages {
             });
             Ok(())
         };
-        self.0.faults.call(Method::ImagesRemoveDisk, work).await
+        self.line.call(Method::ImagesRemoveDisk, work).await
     }
 }

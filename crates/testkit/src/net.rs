@@ -7,11 +7,22 @@ use async_trait::async_trait;
 use clawpot_core::ports::{Net, Seat};
 use clawpot_types::{Error, Kind, Result, Slot};
 
-use crate::faults::Method;
+use crate::faults::{Line, Method};
 use crate::host::FakeHost;
 
 #[derive(Debug)]
-pub struct FakeNet(pub Arc<FakeHost>);
+pub struct FakeNet {
+    host: Arc<FakeHost>,
+    line: Line,
+}
+
+impl FakeNet {
+    /// Of the daemon that lives now.
+    #[must_use]
+    pub fn new(host: &Arc<FakeHost>) -> Self {
+        Self { host: Arc::clone(host), line: host.faults.line() }
+    }
+}
 
 /// As the real one's: `UID_BASE + slot`.
 const UID_BASE: u32 = 1_900_000_000;
@@ -19,7 +30,7 @@ const UID_BASE: u32 = 1_900_000_000;
 #[async_trait]
 impl Net for FakeNet {
     fn slots(&self) -> u32 {
-        self.0.lock().slot_count
+        self.host.lock().slot_count
     }
 
     fn seat(&self, slot: Slot) -> Result<Seat> {
@@ -37,13 +48,13 @@ impl Net for FakeNet {
     }
 
     async fn look(&self, slot: Slot) -> Result<Option<()>> {
-        let work = || Ok(self.0.lock().slots.contains(&slot).then_some(()));
-        self.0.faults.call(Method::NetLook, work).await
+        let work = || Ok(self.host.lock().slots.contains(&slot).then_some(()));
+        self.line.call(Method::NetLook, work).await
     }
 
     async fn ensure(&self, slot: Slot) -> Result<()> {
         let work = || {
-            self.0.change(|inventory| {
+            self.host.change(|inventory| {
                 if slot.0 >= inventory.slot_count {
                     return Err(Error::new(Kind::InvalidArgument, format!("slot {slot}: not one of ours")));
                 }
@@ -51,12 +62,12 @@ impl Net for FakeNet {
                 Ok(())
             })
         };
-        self.0.faults.call(Method::NetEnsure, work).await
+        self.line.call(Method::NetEnsure, work).await
     }
 
     async fn remove(&self, slot: Slot) -> Result<()> {
         let work = || {
-            self.0.change(|inventory| {
+            self.host.change(|inventory| {
                 if inventory.slot_is_busy(slot) {
                     inventory.violation(format!("the network of slot {slot} was removed under a living VMM"));
                     return Err(Error::new(Kind::Unavailable, format!("slot {slot}: its tap is busy")));
@@ -65,11 +76,11 @@ impl Net for FakeNet {
                 Ok(())
             })
         };
-        self.0.faults.call(Method::NetRemove, work).await
+        self.line.call(Method::NetRemove, work).await
     }
 
     async fn list(&self) -> Result<Vec<Slot>> {
-        self.0.faults.call(Method::NetList, || Ok(self.0.lock().slots.iter().copied().collect())).await
+        self.line.call(Method::NetList, || Ok(self.host.lock().slots.iter().copied().collect())).await
     }
 
     /// Nothing is made ready: a fake slot costs nothing.

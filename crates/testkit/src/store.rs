@@ -13,7 +13,7 @@ use clawpot_types::{Error, Kind, Result, Revision, Timestamp, VmId};
 use futures_util::StreamExt as _;
 use tokio::sync::watch;
 
-use crate::faults::{Faults, Method};
+use crate::faults::{Faults, Line, Method};
 
 /// How much the fake keeps.
 #[derive(Clone, Copy, Debug)]
@@ -29,10 +29,10 @@ impl Default for Kept {
     }
 }
 
-/// It survives the "daemon": build the next one on the same store.
+/// What it holds survives the daemon: the next one is given [`FakeStore::reopen`].
 #[derive(Debug)]
 pub struct FakeStore {
-    faults: Arc<Faults>,
+    line: Line,
     shared: Arc<Shared>,
     epoch: u64,
 }
@@ -62,12 +62,12 @@ struct State {
 
 impl FakeStore {
     #[must_use]
-    pub fn new(faults: Arc<Faults>) -> Arc<Self> {
+    pub fn new(faults: &Arc<Faults>) -> Arc<Self> {
         Self::keeping(faults, Kept::default(), 1)
     }
 
     #[must_use]
-    pub fn keeping(faults: Arc<Faults>, kept: Kept, epoch: u64) -> Arc<Self> {
+    pub fn keeping(faults: &Arc<Faults>, kept: Kept, epoch: u64) -> Arc<Self> {
         let state = State {
             kept,
             revision: 0,
@@ -81,7 +81,13 @@ impl FakeStore {
             events_written: 0,
         };
         let shared = Shared { state: Mutex::new(state), grew: watch::Sender::new(0) };
-        Arc::new(Self { faults, shared: Arc::new(shared), epoch })
+        Arc::new(Self { line: faults.line(), shared: Arc::new(shared), epoch })
+    }
+
+    /// The same rows and events, for the daemon that lives now.
+    #[must_use]
+    pub fn reopen(&self, faults: &Arc<Faults>) -> Arc<Self> {
+        Arc::new(Self { line: faults.line(), shared: Arc::clone(&self.shared), epoch: self.epoch })
     }
 
     /// The row is there and cannot be read from now on.
@@ -221,7 +227,7 @@ fn check(txn: &Txn) -> Result<()> {
 #[async_trait]
 impl StateStore for FakeStore {
     async fn get(&self, key: &str) -> Result<Option<Entry>> {
-        self.faults.call(Method::StoreGet, || self.shared.lock().read(key).transpose()).await
+        self.line.call(Method::StoreGet, || self.shared.lock().read(key).transpose()).await
     }
 
     async fn list(&self, prefix: &str) -> Result<Listing> {
@@ -240,7 +246,7 @@ impl StateStore for FakeStore {
             }
             Ok(listing)
         };
-        self.faults.call(Method::StoreList, work).await
+        self.line.call(Method::StoreList, work).await
     }
 
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome> {
@@ -249,7 +255,7 @@ impl StateStore for FakeStore {
             self.shared.grown();
             outcome
         };
-        self.faults.call(Method::StoreTxn, work).await
+        self.line.call(Method::StoreTxn, work).await
     }
 
     async fn watch(&self, prefix: &str, from: Revision) -> Result<BoxStream<Result<Change>>> {
@@ -257,7 +263,7 @@ impl StateStore for FakeStore {
             let state = self.shared.lock();
             reach(from, state.changes_floor, state.revision)
         };
-        self.faults.call(Method::StoreWatch, work).await?;
+        self.line.call(Method::StoreWatch, work).await?;
         let prefix = prefix.to_owned();
         // How many changes of the revision were seen: several have the same one.
         let next = move |state: &State, cursor: &mut (Revision, usize)| {
@@ -300,7 +306,7 @@ impl EventLog for FakeStore {
             self.shared.grown();
             Ok(())
         };
-        self.faults.call(Method::EventsAppend, work).await
+        self.line.call(Method::EventsAppend, work).await
     }
 
     async fn list(&self, vm: Option<&VmId>, after: Revision, limit: usize) -> Result<Vec<Event>> {
@@ -315,12 +321,12 @@ impl EventLog for FakeStore {
             }
             Ok(events)
         };
-        self.faults.call(Method::EventsList, work).await
+        self.line.call(Method::EventsList, work).await
     }
 
     async fn watch(&self, vm: Option<&VmId>, after: Revision) -> Result<BoxStream<Result<Event>>> {
         let work = || reach(after, self.shared.lock().events_floor, u64::MAX);
-        self.faults.call(Method::EventsWatch, work).await?;
+        self.line.call(Method::EventsWatch, work).await?;
         let vm = vm.cloned();
         let backlog = {
             let state = self.shared.lock();

@@ -11,20 +11,22 @@ use clawpot_types::{Error, Kind, Result, VmId};
 use futures_util::StreamExt as _;
 use tokio::time::Instant;
 
-use crate::faults::Method;
+use crate::faults::{Line, Method};
 use crate::host::{Boot, FakeHost, FakeMachine, FakeProcess, Inventory};
 
 /// One per "daemon": what is attached is lost with it.
 #[derive(Debug)]
 pub struct FakeVmm {
     host: Arc<FakeHost>,
+    line: Line,
     attached: Mutex<BTreeSet<MachineId>>,
 }
 
 impl FakeVmm {
+    /// Of the daemon that lives now.
     #[must_use]
-    pub fn new(host: Arc<FakeHost>) -> Self {
-        Self { host, attached: Mutex::default() }
+    pub fn new(host: &Arc<FakeHost>) -> Self {
+        Self { host: Arc::clone(host), line: host.faults.line(), attached: Mutex::default() }
     }
 
     fn attached(&self) -> std::sync::MutexGuard<'_, BTreeSet<MachineId>> {
@@ -45,12 +47,12 @@ impl Vmm for FakeVmm {
 
     async fn prepare(&self, machine: &Machine) -> Result<()> {
         let work = || self.host.change(|inventory| prepare(inventory, machine));
-        self.host.faults.call(Method::VmmPrepare, work).await
+        self.line.call(Method::VmmPrepare, work).await
     }
 
     async fn start(&self, machine: &Machine) -> Result<()> {
         let work = || self.host.change(|inventory| start(inventory, &machine.id));
-        self.host.faults.call(Method::VmmStart, work).await
+        self.line.call(Method::VmmStart, work).await
     }
 
     async fn attach(&self, id: &MachineId, _seat: &Seat) -> Result<GuestEndpoint> {
@@ -63,7 +65,7 @@ impl Vmm for FakeVmm {
             self.attached().insert(id.clone());
             Ok(endpoint(id))
         };
-        self.host.faults.call(Method::VmmAttach, work).await
+        self.line.call(Method::VmmAttach, work).await
     }
 
     async fn inspect(&self, id: &MachineId) -> Fact<VmmFact> {
@@ -74,7 +76,7 @@ impl Vmm for FakeVmm {
                 FakeProcess::Exited(how) => VmmFact::Exited { how: how.clone() },
             }))
         };
-        Fact::from_look(self.host.faults.call(Method::VmmInspect, work).await)
+        Fact::from_look(self.line.call(Method::VmmInspect, work).await)
     }
 
     async fn exited(&self, id: &MachineId) {
@@ -95,7 +97,7 @@ impl Vmm for FakeVmm {
             });
             Ok(())
         };
-        self.host.faults.call(Method::VmmStop, work).await
+        self.line.call(Method::VmmStop, work).await
     }
 
     async fn destroy(&self, id: &MachineId) -> Result<()> {
@@ -112,12 +114,12 @@ impl Vmm for FakeVmm {
             self.attached().remove(id);
             Ok(())
         };
-        self.host.faults.call(Method::VmmDestroy, work).await
+        self.line.call(Method::VmmDestroy, work).await
     }
 
     async fn list(&self) -> Result<Vec<MachineId>> {
         let work = || Ok(self.host.lock().machines.keys().cloned().collect());
-        self.host.faults.call(Method::VmmList, work).await
+        self.line.call(Method::VmmList, work).await
     }
 }
 
@@ -181,11 +183,20 @@ fn start(inventory: &mut Inventory, id: &MachineId) -> Result<()> {
 }
 
 #[derive(Debug)]
-pub struct FakeConsole(pub Arc<FakeHost>);
+pub struct FakeConsole {
+    host: Arc<FakeHost>,
+    line: Line,
+}
 
 impl FakeConsole {
+    /// Of the daemon that lives now.
+    #[must_use]
+    pub fn new(host: &Arc<FakeHost>) -> Self {
+        Self { host: Arc::clone(host), line: host.faults.line() }
+    }
+
     fn lines(&self, vm: &VmId) -> Vec<String> {
-        self.0.lock().consoles.get(vm).cloned().unwrap_or_default()
+        self.host.lock().consoles.get(vm).cloned().unwrap_or_default()
     }
 }
 
@@ -196,7 +207,7 @@ impl Console for FakeConsole {
             let all = self.lines(vm);
             Ok(all[all.len().saturating_sub(lines)..].to_vec())
         };
-        self.0.faults.call(Method::ConsoleTail, work).await
+        self.line.call(Method::ConsoleTail, work).await
     }
 
     async fn read(&self, vm: &VmId, lines: usize, follow: bool) -> Result<BoxStream<Result<Bytes>>> {
@@ -204,8 +215,8 @@ impl Console for FakeConsole {
             let all = self.lines(vm);
             Ok(if lines == 0 { 0 } else { all.len().saturating_sub(lines) })
         };
-        let first = self.0.faults.call(Method::ConsoleRead, work).await?;
-        let (host, vm) = (Arc::clone(&self.0), vm.clone());
+        let first = self.line.call(Method::ConsoleRead, work).await?;
+        let (host, vm) = (Arc::clone(&self.host), vm.clone());
         let stream = futures_util::stream::unfold(first, move |next| {
             let (host, vm) = (Arc::clone(&host), vm.clone());
             async move {
@@ -219,15 +230,15 @@ impl Console for FakeConsole {
     }
 
     async fn look(&self, vm: &VmId) -> Result<Option<()>> {
-        let work = || Ok(self.0.lock().consoles.contains_key(vm).then_some(()));
-        self.0.faults.call(Method::ConsoleLook, work).await
+        let work = || Ok(self.host.lock().consoles.contains_key(vm).then_some(()));
+        self.line.call(Method::ConsoleLook, work).await
     }
 
     async fn erase(&self, vm: &VmId) -> Result<()> {
         let work = || {
-            self.0.change(|inventory| inventory.consoles.remove(vm));
+            self.host.change(|inventory| inventory.consoles.remove(vm));
             Ok(())
         };
-        self.0.faults.call(Method::ConsoleErase, work).await
+        self.line.call(Method::ConsoleErase, work).await
     }
 }

@@ -10,7 +10,7 @@ use clawpot_testkit::{FakeStore, Faults};
 fn subject() -> Subject {
     static EPOCH: AtomicU64 = AtomicU64::new(1);
     let kept = Kept { changes: 64, events: 32, events_age: Duration::from_secs(3600) };
-    let store = FakeStore::keeping(Faults::new(), kept, EPOCH.fetch_add(1, Ordering::SeqCst));
+    let store = FakeStore::keeping(&Faults::new(), kept, EPOCH.fetch_add(1, Ordering::SeqCst));
     Subject {
         store: store.clone(),
         events: store,
