@@ -8,7 +8,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use rustix::process::{Pid, WaitOptions, WaitStatus, waitpid};
+use rustix::process::{Pid, WaitOptions, WaitStatus, wait, waitpid};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
@@ -82,7 +82,7 @@ impl Reaper {
         match self.scope {
             Scope::Everyone => {
                 // An error means that there is no child at all.
-                while let Ok(Some((pid, status))) = waitpid(None, WaitOptions::NOHANG) {
+                while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
                     tell(waiting.remove(&pid.as_raw_nonzero().get()), status);
                 }
             }

@@ -1,12 +1,94 @@
 //! The daemon.
 //!
 //! - [`config`] settings · [`app`] the composition root: the only place that names a driver · [`api`] the doors
-//! - [`socket`] Unix sockets · [`metrics`] · [`chance`] clock and randomness
+//! - [`vmms`] Firecracker or QEMU · [`serve`] what listens, and how it ends · [`socket`] Unix sockets · [`metrics`] · [`chance`] clock and randomness
 
 mod api;
+mod app;
 mod chance;
 mod config;
 mod metrics;
+mod serve;
 mod socket;
+mod vmms;
 
-fn main() {}
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use clawpot_types::{Error, Result};
+use tracing_subscriber::EnvFilter;
+
+/// Runs microVMs and answers the API of `clawpot`.
+#[derive(Debug, Parser)]
+#[command(name = "clawpot-server", version)]
+struct Cli {
+    /// Settings [default: /etc/clawpot/server.toml, where it exists]
+    #[arg(long, global = true, env = "CLAWPOT_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    options: config::Options,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the server (what happens without a subcommand, too)
+    Serve,
+    /// Copy records and events of the state directory to FILE, while a server runs or not
+    Backup { file: PathBuf },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            print(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    let config = config::load(cli.config.as_deref(), cli.options)?;
+    match cli.command.unwrap_or(Command::Serve) {
+        Command::Backup { file } => app::backup(&config, &file),
+        Command::Serve => {
+            init_logs(config.log_format);
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .map_err(|error| Error::io("starting the runtime", error))?;
+            runtime.block_on(serve::serve(config))
+        }
+    }
+}
+
+/// `CLAWPOT_LOG` takes a filter such as `info,clawpot_control=debug`; the default is `info`.
+fn init_logs(format: config::LogFormat) {
+    let filter = EnvFilter::try_from_env("CLAWPOT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        config::LogFormat::Json => logs.json().init(),
+        config::LogFormat::Text => logs.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+    }
+}
+
+/// The one place where a chain is printed.
+fn print(error: &Error) {
+    eprintln!("error: {}", error.what());
+    let mut cause = std::error::Error::source(error);
+    while let Some(next) = cause {
+        eprintln!("cause: {next}");
+        cause = next.source();
+    }
+    if let Some(cleanup) = error.cleanup() {
+        eprintln!("and cleaning up failed: {}", cleanup.chain());
+    }
+    if let Some(hint) = error.next_step() {
+        eprintln!("hint: {hint}");
+    }
+}

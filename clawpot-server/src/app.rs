@@ -1,0 +1,94 @@
+//! The composition root: the only place that names a driver. Order matters: the lock before anything else, the store before
+//! what it speaks of, the doors last.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use clawpot_agent_client::AgentClient;
+use clawpot_control::{Deps, Service};
+use clawpot_core::ports::Clock as _;
+use clawpot_image::LocalImages;
+use clawpot_net::{Claim, SlotNet};
+use clawpot_store::{SqliteStore, StateLock};
+use clawpot_types::{Error, InstanceId, Kind, Result};
+use clawpot_vmm::console::Consoles;
+use tracing::info;
+
+use crate::api::host::About;
+use crate::chance::{RandomIds, WallClock};
+use crate::config::Config;
+use crate::vmms;
+
+#[derive(Debug)]
+pub struct App {
+    pub service: Service,
+    pub about: About,
+    /// Held as long as the server lives.
+    lock: StateLock,
+}
+
+impl App {
+    /// Finds everything that is there and brings the server up to where it can answer.
+    pub async fn start(config: &Config) -> Result<Self> {
+        need_root()?;
+        let lock = StateLock::acquire(&config.state_dir)?;
+        let instance = clawpot_net::instance::read_or_create(&config.state_dir)?;
+        let store = Arc::new(SqliteStore::open(&lock, clawpot_store::Options::default())?);
+        let images = LocalImages::open(&config.image_dir, &config.state_dir)?;
+        let consoles = Consoles::new(&config.state_dir);
+        let vmms::Chosen { vmms, reason } = vmms::choose(config, &instance, &consoles).await?;
+        let net = network(config, &instance).await?;
+        info!(%instance, vmm = %vmms.default().capabilities().kind, reason, "starting");
+        let deps = Deps {
+            store: store.clone(),
+            events: store,
+            images: Arc::new(images),
+            net: Arc::new(net),
+            vmms,
+            console: Arc::new(consoles),
+            guest: Arc::new(AgentClient::new()),
+            clock: Arc::new(WallClock),
+            ids: Arc::new(RandomIds),
+            boot_id: clawpot_host::boot_id()?,
+            settings: config.control.clone(),
+        };
+        let service = clawpot_control::start(deps).await?;
+        let about = About {
+            instance,
+            state_dir: config.state_dir.clone(),
+            vmm_reason: reason,
+            started_at: WallClock.now(),
+        };
+        Ok(Self { service, about, lock })
+    }
+
+    /// The last thing: what was queued is on disk when the store is dropped.
+    pub async fn close(self) {
+        drop(self.service);
+        drop(self.lock);
+    }
+}
+
+async fn network(config: &Config, instance: &InstanceId) -> Result<SlotNet> {
+    let netns_dir = Path::new(clawpot_net::NETNS_DIR);
+    let facts = clawpot_net::host_facts(netns_dir)?;
+    let claim = Claim::take(Path::new(clawpot_net::BLOCKS_DIR), instance, &config.state_dir, &facts)?;
+    let nft = clawpot_host::process::find_program("nft", std::env::var_os("PATH").as_deref())
+        .map_err(|error| error.context("the network of VMs needs nft").hint("apt-get install nftables"))?;
+    SlotNet::open(claim, clawpot_net::Paths { netns_dir: netns_dir.to_owned(), nft }).await
+}
+
+fn need_root() -> Result<()> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::PermissionDenied, "clawpot-server: it makes namespaces, taps and cgroups, which only root may")
+        .hint("run it with sudo, or as a systemd unit"))
+}
+
+/// `clawpot-server backup FILE`.
+pub fn backup(config: &Config, to: &Path) -> Result<()> {
+    clawpot_store::backup(&config.state_dir, to)?;
+    println!("{}", to.display());
+    Ok(())
+}

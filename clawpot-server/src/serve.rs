@@ -1,0 +1,85 @@
+//! What listens, and how it ends: SIGTERM and SIGINT leave the VMs running, or stop them first where the settings say so.
+
+use clawpot_common::v1::event_service_server::EventServiceServer;
+use clawpot_common::v1::host_service_server::HostServiceServer;
+use clawpot_common::v1::image_service_server::ImageServiceServer;
+use clawpot_common::v1::vm_service_server::VmServiceServer;
+use clawpot_common::{CONNECTION_WINDOW, DESCRIPTORS, MAX_MESSAGE_BYTES, STREAM_WINDOW};
+use clawpot_control::Service;
+use clawpot_types::{Error, Kind, Result};
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+use tracing::{info, warn};
+
+use crate::api::event::EventApi;
+use crate::api::host::{About, HostApi, ImageApi};
+use crate::api::vm::VmApi;
+use crate::config::{Config, OnStop};
+use crate::metrics::Metrics;
+use crate::{app, metrics, socket};
+
+/// Requests in flight on one connection. A CLI has two.
+const STREAMS_PER_CONNECTION: u32 = 256;
+
+pub async fn serve(config: Config) -> Result<()> {
+    let group = socket::group(config.group.as_deref())?;
+    let app = app::App::start(&config).await?;
+    let api = socket::bind(&config.socket, group)?;
+    let scrape = socket::bind(&config.metrics_socket, group)?;
+    let (mut term, mut int) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
+
+    let metrics = Metrics::new(app.service.clone());
+    let follow = tokio::spawn(metrics.clone().follow());
+    let scraped = tokio::spawn(metrics::serve(scrape, metrics));
+    info!(socket = %config.socket.display(), "ready");
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        warn!(%error, "telling systemd that the server is ready");
+    }
+
+    let ended = tokio::select! {
+        served = answer(api, app.service.clone(), app.about.clone()) => served,
+        _ = term.recv() => Ok(()),
+        _ = int.recv() => Ok(()),
+    };
+    follow.abort();
+    scraped.abort();
+    info!(on_stop = ?config.on_stop, "going");
+    let drained = match config.on_stop {
+        OnStop::Drain => app.service.drain("server").await,
+        OnStop::Leave => Ok(()),
+    };
+    // Streams end with the listener; clients attach again to the next server.
+    app.service.leave().await;
+    app.close().await;
+    ended.and(drained)
+}
+
+async fn answer(listener: UnixListener, service: Service, about: About) -> Result<()> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<VmServiceServer<VmApi>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|error| Error::new(Kind::Internal, "API: preparing reflection").because(error))?;
+    let vm = VmServiceServer::new(VmApi { service: service.clone() }).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(STREAMS_PER_CONNECTION)
+        .add_service(health_service)
+        .add_service(reflection)
+        .add_service(vm)
+        .add_service(EventServiceServer::new(EventApi { service: service.clone() }))
+        .add_service(HostServiceServer::new(HostApi { service: service.clone(), about }))
+        .add_service(ImageServiceServer::new(ImageApi { service }))
+        .serve_with_incoming(UnixListenerStream::new(listener))
+        .await
+        .map_err(|error| Error::new(Kind::Internal, "API: no longer served").because(error))
+}
+
+fn on(kind: SignalKind) -> Result<tokio::signal::unix::Signal> {
+    signal(kind).map_err(|error| Error::io("listening for signals", error))
+}
