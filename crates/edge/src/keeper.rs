@@ -58,7 +58,7 @@ impl Resolver {
     /// `FailedPrecondition`: somebody else has the port; `NotFound`: no program.
     pub async fn ensure(&self) -> Result<Kept> {
         let what = || format!("keeping the resolver at {}", self.address);
-        if self.runs_as_wanted().map_err(|error| error.context(what()))? {
+        if self.runs_as_wanted().await.map_err(|error| error.context(what()))? {
             return Ok(Kept::Running);
         }
         self.end().await.map_err(|error| error.context(what()))?;
@@ -76,7 +76,7 @@ impl Resolver {
     }
 
     /// Exactly one process, with the program's present file and the wanted arguments.
-    fn runs_as_wanted(&self) -> Result<bool> {
+    async fn runs_as_wanted(&self) -> Result<bool> {
         let members = self.cgroup.members()?;
         let [member] = &members[..] else { return Ok(false) };
         let program = std::fs::metadata(&self.program)
@@ -86,8 +86,7 @@ impl Resolver {
             Err(error) if error.kind() == Kind::NotFound => return Ok(false),
             Err(error) => return Err(error),
         };
-        let cmdline = std::fs::read(format!("/proc/{}/cmdline", member.pid)).unwrap_or_default();
-        Ok(identity.exe == (program.dev(), program.ino()) && cmdline == self.cmdline())
+        Ok(identity.exe == (program.dev(), program.ino()) && cmdline(member.pid).await == self.cmdline())
     }
 
     /// The group goes too: once a group was killed, Linux (6.18 seen) kills whatever is born into it afterwards.
@@ -156,4 +155,16 @@ impl Resolver {
         let words = std::iter::once(program).chain(self.args());
         words.flat_map(|word| [word.as_bytes(), &[0]].concat()).collect()
     }
+}
+
+/// Of a process that lives. Empty for a moment after exec: the kernel closes our pipe before it lays the arguments down.
+async fn cmdline(pid: u32) -> Vec<u8> {
+    for _ in 0..50 {
+        let bytes = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if !bytes.is_empty() {
+            return bytes;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Vec::new()
 }

@@ -5,6 +5,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -43,15 +44,17 @@ fn on_host<F: Future<Output = ()>>(name: &'static str, test: impl FnOnce(Arc<Wor
         // SAFETY: a network namespace only.
         unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let ip = find_program("ip", None).unwrap();
-            Tool::new(ip).args(["link", "set", "lo", "up"]).run().await.unwrap();
-            let world = Arc::new(World::new(name));
-            let resolver = world.resolver.clone();
-            test(world).await;
-            resolver.remove().await.unwrap();
-            assert!(!resolver.cgroup.exists().unwrap());
-        });
+        let ip = find_program("ip", None).unwrap();
+        runtime.block_on(Tool::new(ip).args(["link", "set", "lo", "up"]).run()).unwrap();
+        let world = Arc::new(runtime.block_on(async { World::new(name) }));
+        let resolver = world.resolver.clone();
+        let ended = std::panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(test(world))));
+        // Also after a failure: the process outlives whoever started it.
+        runtime.block_on(resolver.remove()).unwrap();
+        assert!(!resolver.cgroup.exists().unwrap());
+        if let Err(panic) = ended {
+            std::panic::resume_unwind(panic);
+        }
     });
     if let Err(panic) = host.join() {
         std::panic::resume_unwind(panic);
