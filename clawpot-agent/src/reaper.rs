@@ -123,3 +123,24 @@ fn tell(waiter: Option<oneshot::Sender<Exit>>, status: WaitStatus) {
     // Nobody waits any more for an exec that was given up.
     waiter.send(Exit { end, at: Instant::now() }).unwrap_or_default();
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The only test of this binary that makes children: it collects all of them.
+    #[tokio::test]
+    async fn everyone_is_collected_whatever_group_they_are_in() {
+        let reaper = Reaper::new(Scope::Everyone);
+        tokio::spawn(reaper.watch().unwrap());
+        #[allow(clippy::disallowed_methods, reason = "a child that nobody but the reaper waits for")]
+        let start = || -> io::Result<Pid> {
+            use std::os::unix::process::CommandExt;
+            let child = std::process::Command::new("sh").args(["-c", "exit 7"]).process_group(0).spawn()?;
+            Ok(i32::try_from(child.id()).ok().and_then(Pid::from_raw).unwrap())
+        };
+        let (pid, exit) = reaper.spawn(start).unwrap();
+        assert_eq!(exit.await.unwrap().end, End::Code(7));
+        assert!(!reaper.signal(pid, false, libc::SIGKILL).unwrap());
+    }
+}
