@@ -12,17 +12,20 @@ use clawpot_net::{Claim, SlotNet};
 use clawpot_store::{SqliteStore, StateLock};
 use clawpot_types::{Error, InstanceId, Kind, Result};
 use clawpot_vmm::console::Consoles;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::api::host::About;
 use crate::chance::{RandomIds, WallClock};
 use crate::config::Config;
+use crate::resolver::Keeper;
 use crate::vmms;
 
 #[derive(Debug)]
 pub struct App {
     pub service: Service,
     pub about: About,
+    net: Arc<SlotNet>,
+    resolver: Option<Keeper>,
     /// Held as long as the server lives.
     lock: StateLock,
 }
@@ -36,14 +39,21 @@ impl App {
         let store = Arc::new(SqliteStore::open(&lock, clawpot_store::Options::default())?);
         let images = LocalImages::open(&config.image_dir, &config.state_dir)?;
         let consoles = Consoles::new(&config.state_dir);
-        let vmms::Chosen { vmms, reason } = vmms::choose(config, &instance, &consoles).await?;
-        let net = network(config, &instance).await?;
+        let vmms::Chosen { vmms, reason } = vmms::choose(config, &instance, &images, &consoles).await?;
+        let net = Arc::new(network(config, &instance).await?);
+        let resolver = match Keeper::start(config, &instance, net.resolver()).await {
+            Ok(keeper) => Some(keeper),
+            Err(error) => {
+                warn!(error = error.chain(), "no resolver: VMs resolve no names");
+                None
+            }
+        };
         info!(%instance, vmm = %vmms.default().capabilities().kind, reason, "starting");
         let deps = Deps {
             store: store.clone(),
             events: store,
             images: Arc::new(images),
-            net: Arc::new(net),
+            net: net.clone(),
             vmms,
             console: Arc::new(consoles),
             guest: Arc::new(AgentClient::new()),
@@ -53,19 +63,31 @@ impl App {
             settings: config.control.clone(),
         };
         let service = clawpot_control::start(deps).await?;
-        let about = About {
-            instance,
-            state_dir: config.state_dir.clone(),
-            vmm_reason: reason,
-            started_at: WallClock.now(),
-        };
-        Ok(Self { service, about, lock })
+        let about =
+            About { instance, state_dir: config.state_dir.clone(), vmm_reason: reason, started_at: WallClock.now() };
+        Ok(Self { service, about, net, resolver, lock })
     }
 
-    /// The last thing: what was queued is on disk when the store is dropped.
-    pub async fn close(self) {
+    /// The last thing. VMs keep what they need; where there is none, nothing of this instance stays on the host.
+    /// What was queued is on disk when the store is dropped.
+    pub async fn close(self) -> Result<()> {
+        let left = match self.service.records().count() {
+            0 => self.give_up().await,
+            _ => {
+                self.resolver.iter().for_each(Keeper::leave);
+                Ok(())
+            }
+        };
         drop(self.service);
         drop(self.lock);
+        left
+    }
+
+    async fn give_up(&self) -> Result<()> {
+        if let Some(resolver) = &self.resolver {
+            resolver.remove().await?;
+        }
+        self.net.give_up().await
     }
 }
 
@@ -82,8 +104,11 @@ fn need_root() -> Result<()> {
     if rustix::process::geteuid().is_root() {
         return Ok(());
     }
-    Err(Error::new(Kind::PermissionDenied, "clawpot-server: it makes namespaces, taps and cgroups, which only root may")
-        .hint("run it with sudo, or as a systemd unit"))
+    Err(Error::new(
+        Kind::PermissionDenied,
+        "clawpot-server: it makes namespaces, taps and cgroups, which only root may",
+    )
+    .hint("run it with sudo, or as a systemd unit"))
 }
 
 /// `clawpot-server backup FILE`.

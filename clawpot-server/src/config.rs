@@ -42,6 +42,12 @@ pub struct Options {
     /// The QEMU binary [default: qemu-system-x86_64 from PATH]
     #[arg(long, global = true, env = "CLAWPOT_QEMU", value_name = "PATH")]
     pub qemu: Option<PathBuf>,
+    /// The clawpot-edge binary [default: beside the server's]
+    #[arg(long, global = true, env = "CLAWPOT_EDGE", value_name = "PATH")]
+    pub edge: Option<PathBuf>,
+    /// Which name servers guests' names are asked of [default: /etc/resolv.conf]
+    #[arg(long, global = true, env = "CLAWPOT_RESOLV_CONF", value_name = "FILE")]
+    pub resolv_conf: Option<PathBuf>,
     /// vCPUs of a VM that asks for none [default: 1]
     #[arg(long, global = true, env = "CLAWPOT_DEFAULT_VCPUS", value_name = "N")]
     pub default_vcpus: Option<u32>,
@@ -108,6 +114,8 @@ pub struct Config {
     pub firecracker: Option<PathBuf>,
     pub jailer: Option<PathBuf>,
     pub qemu: Option<PathBuf>,
+    pub edge: Option<PathBuf>,
+    pub resolv_conf: PathBuf,
     pub control: clawpot_control::Settings,
     pub on_stop: OnStop,
     pub log_format: LogFormat,
@@ -144,6 +152,8 @@ fn overlay(over: Options, under: Options) -> Options {
         firecracker: over.firecracker.or(under.firecracker),
         jailer: over.jailer.or(under.jailer),
         qemu: over.qemu.or(under.qemu),
+        edge: over.edge.or(under.edge),
+        resolv_conf: over.resolv_conf.or(under.resolv_conf),
         default_vcpus: over.default_vcpus.or(under.default_vcpus),
         default_memory_mib: over.default_memory_mib.or(under.default_memory_mib),
         default_disk_mib: over.default_disk_mib.or(under.default_disk_mib),
@@ -186,6 +196,8 @@ fn resolve(options: Options) -> Result<Config> {
         firecracker: options.firecracker,
         jailer: options.jailer,
         qemu: options.qemu,
+        edge: options.edge,
+        resolv_conf: options.resolv_conf.unwrap_or_else(|| "/etc/resolv.conf".into()),
         control,
         on_stop: options.on_stop.unwrap_or(OnStop::Leave),
         log_format: options.log_format.unwrap_or(LogFormat::Text),

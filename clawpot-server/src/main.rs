@@ -1,13 +1,14 @@
 //! The daemon.
 //!
 //! - [`config`] settings · [`app`] the composition root: the only place that names a driver · [`api`] the doors
-//! - [`vmms`] Firecracker or QEMU · [`serve`] what listens, and how it ends · [`socket`] Unix sockets · [`metrics`] · [`chance`] clock and randomness
+//! - [`vmms`] Firecracker or QEMU · [`resolver`] kept alive · [`serve`] what listens, and how it ends · [`socket`] Unix sockets · [`metrics`] · [`chance`] clock and randomness
 
 mod api;
 mod app;
 mod chance;
 mod config;
 mod metrics;
+mod resolver;
 mod serve;
 mod socket;
 mod vmms;

@@ -52,8 +52,8 @@ pub async fn serve(config: Config) -> Result<()> {
     };
     // Streams end with the listener; clients attach again to the next server.
     app.service.leave().await;
-    app.close().await;
-    ended.and(drained)
+    let closed = app.close().await;
+    ended.and(drained).and(closed)
 }
 
 async fn answer(listener: UnixListener, service: Service, about: About) -> Result<()> {

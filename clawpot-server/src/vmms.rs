@@ -1,13 +1,17 @@
-//! Which VMMs this host has, and which of them new VMs get (DESIGN §7: `--vmm auto`).
+//! Which VMMs this host has, and which of them new VMs get (DESIGN §7: `--vmm auto`). A driver that is here, chosen or not,
+//! adopts the VMs that an earlier server started with it.
 
-use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clawpot_control::Vmms;
 use clawpot_core::VmmKind;
 use clawpot_core::ports::Vmm;
-use clawpot_types::{InstanceId, Result};
+use clawpot_image::LocalImages;
+use clawpot_types::{Error, InstanceId, Result};
 use clawpot_vmm::console::Consoles;
+use clawpot_vmm::firecracker::{self, Firecracker};
+use clawpot_vmm::probe::{self, Host, Wanted};
 use clawpot_vmm::qemu::{self, Qemu};
 
 use crate::config::{Config, VmmSetting};
@@ -18,19 +22,78 @@ pub struct Chosen {
     pub reason: String,
 }
 
-pub async fn choose(config: &Config, instance: &InstanceId, consoles: &Consoles) -> Result<Chosen> {
-    let path = std::env::var_os("PATH");
-    let qemu = qemu(config, instance, consoles, path).await;
-    let reason = match config.vmm {
-        VmmSetting::Qemu => "asked for by --vmm qemu".to_owned(),
-        VmmSetting::Firecracker | VmmSetting::Auto => "no firecracker".to_owned(),
+pub async fn choose(
+    config: &Config,
+    instance: &InstanceId,
+    images: &LocalImages,
+    consoles: &Consoles,
+) -> Result<Chosen> {
+    let qemu = qemu(config, instance, consoles).await;
+    let firecracker = firecracker(config, instance, consoles).await;
+    let kernel = images.kernel().await;
+    let host = Host {
+        kvm: Host::kvm(),
+        firecracker: identify(&firecracker).await,
+        qemu: qemu.as_ref().map(|qemu| qemu.capabilities().version).map_err(Error::chain),
+        kernel: kernel.as_ref().map(|kernel| kernel.digest.clone()).map_err(Error::chain),
+        boot_id: clawpot_host::boot_id()?,
     };
-    let all: Vec<Arc<dyn Vmm>> = vec![Arc::new(qemu?)];
-    Ok(Chosen { vmms: Vmms::new(VmmKind::Qemu, all)?, reason })
+    let wanted = match config.vmm {
+        VmmSetting::Auto => Wanted::Auto,
+        VmmSetting::Firecracker => Wanted::Only(VmmKind::Firecracker),
+        VmmSetting::Qemu => Wanted::Only(VmmKind::Qemu),
+    };
+    let chosen = {
+        let boot = async {
+            match (&firecracker, &kernel) {
+                (Ok(firecracker), Ok(kernel)) => firecracker.probe(&kernel.kernel, &kernel.initramfs).await,
+                // Never polled: without either there is nothing to probe.
+                _ => Err(Error::new(clawpot_types::Kind::Internal, "probing without a Firecracker or a kernel")),
+            }
+        };
+        probe::choose(wanted, &host, &config.state_dir, boot).await?
+    };
+    let mut all: Vec<Arc<dyn Vmm>> = Vec::new();
+    if let Ok(qemu) = qemu {
+        all.push(Arc::new(qemu));
+    }
+    if let Ok(firecracker) = firecracker {
+        all.push(Arc::new(firecracker));
+    }
+    Ok(Chosen { vmms: Vmms::new(chosen.kind, all)?, reason: chosen.why })
 }
 
-async fn qemu(config: &Config, instance: &InstanceId, consoles: &Consoles, path: Option<OsString>) -> Result<Qemu> {
-    let program = config.qemu.as_ref().map(|path| path.display().to_string());
-    let settings = qemu::Config { program, path, accel: qemu::Accel::Tcg };
+/// Version and digest. Reading the program takes some milliseconds.
+async fn identify(firecracker: &Result<Firecracker>) -> Result<(String, clawpot_types::Digest), String> {
+    let firecracker = firecracker.as_ref().map_err(Error::chain)?;
+    let program = firecracker.program().to_owned();
+    let digest = tokio::task::spawn_blocking(move || probe::digest_of(&program)).await;
+    let digest = digest.map_err(|error| error.to_string())?.map_err(|error| error.chain())?;
+    Ok((firecracker.capabilities().version, digest))
+}
+
+async fn qemu(config: &Config, instance: &InstanceId, consoles: &Consoles) -> Result<Qemu> {
+    let settings = qemu::Config {
+        program: config.qemu.as_ref().map(|path| path.display().to_string()),
+        path: std::env::var_os("PATH"),
+        accel: qemu::Accel::Tcg,
+    };
     Qemu::new(&config.state_dir, instance, consoles.clone(), &settings).await
+}
+
+async fn firecracker(config: &Config, instance: &InstanceId, consoles: &Consoles) -> Result<Firecracker> {
+    let fetched = fetched(&config.image_dir);
+    let settings = firecracker::Config {
+        program: config.firecracker.clone().or_else(|| Some(fetched.as_ref()?.join("firecracker"))),
+        jailer: config.jailer.clone(),
+        path: std::env::var_os("PATH"),
+    };
+    Firecracker::new(&config.state_dir, instance, consoles.clone(), &settings).await
+}
+
+/// The newest release that `scripts/install-vm-assets.sh` put beside the images.
+fn fetched(image_dir: &Path) -> Option<PathBuf> {
+    let found = std::fs::read_dir(image_dir.join("firecracker")).ok()?;
+    let releases = found.filter_map(|entry| Some(entry.ok()?.path())).filter(|dir| dir.join("firecracker").is_file());
+    releases.max()
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use clawpot_core::ImagePin;
 use clawpot_core::ports::{BootFiles, ImageInfo, Images, UnreadableImage};
-use clawpot_types::{Error, ImageRef, Kind, MiB, Result, VmId};
+use clawpot_types::{Digest, Error, ImageRef, Kind, MiB, Result, VmId};
 
 use crate::disks::Disks;
 use crate::manifest::Blob;
@@ -32,6 +32,11 @@ impl LocalImages {
         Ok(Self { files, disks: Disks::open(state)? })
     }
 
+    /// The host's kernel and initramfs, verified: what a probe VM boots, and the kernel's digest.
+    pub async fn kernel(&self) -> Result<Kernel> {
+        self.blocking(Files::kernel).await
+    }
+
     /// Runs `work` where it may block. Whoever stops waiting changes nothing: it only reads, and keeps verdicts.
     async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Files) -> Result<T> + Send + 'static) -> Result<T> {
         let files = Arc::clone(&self.files);
@@ -40,7 +45,24 @@ impl LocalImages {
     }
 }
 
+/// Paths of what every VM of this host boots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    pub kernel: PathBuf,
+    pub digest: Digest,
+    pub initramfs: PathBuf,
+}
+
 impl Files {
+    fn kernel(&self) -> Result<Kernel> {
+        let boot = self.store.boot()?;
+        let (kernel, initramfs) =
+            (self.store.blob_path(&boot.kernel.digest), self.store.blob_path(&boot.initramfs.digest));
+        self.verifier.verify("kernel", &kernel, &boot.kernel)?;
+        self.verifier.verify("initramfs", &initramfs, &boot.initramfs)?;
+        Ok(Kernel { kernel, digest: boot.kernel.digest, initramfs })
+    }
+
     /// What a VM with this image boots from: role, path and what it must be.
     fn parts(&self, pin: &ImagePin) -> Result<[(&'static str, PathBuf, Blob); 3]> {
         let boot = self.store.boot()?;

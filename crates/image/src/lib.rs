@@ -15,4 +15,4 @@ pub mod manifest;
 pub mod store;
 pub mod verify;
 
-pub use driver::LocalImages;
+pub use driver::{Kernel, LocalImages};
