@@ -47,29 +47,49 @@ impl Api {
     }
 }
 
-/// Whether the connection broke or the server is on its way down or up, rather than having answered the request.
-/// A status that the server sent has no source.
+/// Whether it is worth looking for the server again: the connection broke, or the server said that it cannot answer now.
 pub fn is_lost(status: &Status) -> bool {
-    std::error::Error::source(status).is_some() || status.code() == Code::Unavailable
+    is_broken(status) || status.code() == Code::Unavailable
 }
 
-/// Growing pauses between attempts: 50 ms, doubled up to 1 s, until `limit` has passed since the first.
+/// Whether the connection broke: a status that the server sent has no source.
+pub fn is_broken(status: &Status) -> bool {
+    std::error::Error::source(status).is_some()
+}
+
+/// Growing pauses between attempts: 50 ms, doubled up to 1 s, until `limit` has passed since the first. Who waits for
+/// longer than a moment is told why.
 #[derive(Debug)]
 pub struct Backoff {
     next: Duration,
     until: Instant,
+    silent: bool,
 }
 
 impl Backoff {
+    const LONGEST: Duration = Duration::from_secs(1);
+
     pub fn new(limit: Duration) -> Self {
-        Self { next: Duration::from_millis(50), until: Instant::now() + limit }
+        Self { next: Duration::from_millis(50), until: Instant::now() + limit, silent: false }
+    }
+
+    /// For who tells it in words of its own.
+    pub fn silent(limit: Duration) -> Self {
+        Self { silent: true, ..Self::new(limit) }
     }
 
     /// The next pause, or `None` when it is time to give up.
     pub fn pause(&mut self) -> Option<Duration> {
         let pause = self.next;
-        self.next = (pause * 2).min(Duration::from_secs(1));
-        (Instant::now() + pause <= self.until).then_some(pause)
+        self.next = (pause * 2).min(Self::LONGEST);
+        let left = self.until.saturating_duration_since(Instant::now());
+        if pause > left {
+            return None;
+        }
+        if pause == Self::LONGEST && !std::mem::replace(&mut self.silent, true) {
+            crate::output::note(&format!("the server does not answer; trying again for {} s", left.as_secs()));
+        }
+        Some(pause)
     }
 
     pub fn until(&self) -> Instant {

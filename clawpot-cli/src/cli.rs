@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands as c;
@@ -28,15 +29,7 @@ pub struct Global {
     #[arg(long, global = true, env = "CLAWPOT_SOCKET", value_name = "PATH", default_value = "/run/clawpot/api.sock")]
     pub socket: PathBuf,
     /// How results are written: for people, or as JSON with stable fields
-    #[arg(
-        short,
-        long,
-        global = true,
-        value_enum,
-        value_name = "FORMAT",
-        default_value = "table",
-        hide_possible_values = true
-    )]
+    #[arg(short, long, global = true, value_enum, value_name = "FORMAT", default_value = "table")]
     pub output: Format,
     /// When to use colours; NO_COLOR is honoured
     #[arg(long, global = true, value_enum, value_name = "WHEN", default_value = "auto")]
@@ -67,6 +60,18 @@ pub enum Verb {
     Doctor(c::doctor::Args),
     Version(c::version::Args),
     Completions(c::completions::Args),
+}
+
+/// A value of any length is told in one line.
+#[must_use]
+pub fn shortened(mut error: clap::Error) -> clap::Error {
+    if let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
+        && value.chars().count() > 60
+    {
+        let head: String = value.chars().take(40).collect();
+        error.insert(ContextKind::InvalidValue, ContextValue::String(format!("{head}…")));
+    }
+    error
 }
 
 #[cfg(test)]

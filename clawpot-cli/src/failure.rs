@@ -60,8 +60,8 @@ impl Failure {
 
     /// What the server answered while `doing`.
     pub fn status(doing: &str, status: &Status) -> Self {
-        if crate::api::is_lost(status) {
-            return Self::lost(doing, status);
+        if crate::api::is_broken(status) {
+            return Self::broken(doing, status);
         }
         let mut lines = status.message().lines().filter(|line| !line.trim().is_empty());
         let first = lines.next().map_or_else(|| format!("{doing}: {}", status.code().description()), str::to_owned);
@@ -72,7 +72,7 @@ impl Failure {
     }
 
     /// The server went away while `doing`.
-    fn lost(doing: &str, status: &Status) -> Self {
+    fn broken(doing: &str, status: &Status) -> Self {
         let mut failure = Self::new(format!("{doing}: the connection to the server broke"));
         failure.causes = causes_of(status);
         failure.hint("see whether it runs: `systemctl status clawpot`, `journalctl -u clawpot`")
@@ -91,6 +91,11 @@ impl Failure {
     /// The outermost cause, or what happened where there is none.
     pub fn first_cause(&self) -> &str {
         self.causes.first().unwrap_or(&self.what)
+    }
+
+    #[cfg(test)]
+    pub fn exit_code(&self) -> u8 {
+        self.code
     }
 
     /// Prints it on stderr and gives the exit code.
@@ -131,9 +136,6 @@ fn causes_of(status: &Status) -> Vec<String> {
             causes.push(text);
         }
         next = cause.source();
-    }
-    if causes.is_empty() {
-        causes.push(status.message().to_owned());
     }
     causes
 }

@@ -27,7 +27,10 @@ use crate::failure::Failure;
 
 fn main() -> ExitCode {
     exec::terminal::restore_on_panic();
-    let cli = cli::Cli::parse();
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => cli::shortened(error).exit(),
+    };
     output::color::choose(cli.global.color);
     match start(cli) {
         Ok(code) => code.into(),

@@ -60,7 +60,20 @@ mod tests {
         .into_iter()
         .map(|text| memory(text).unwrap_err())
         .collect();
-        insta::assert_snapshot!(refusals.join("\n"), @"");
+        insta::assert_snapshot!(refusals.join("\n"), @r#"
+memory 0 MiB: must be 64 to 1048576 MiB
+memory 1 MiB: must be 64 to 1048576 MiB
+memory 4294967296 MiB: must be 64 to 1048576 MiB
+memory "17592186044416T": larger than any machine
+memory "18446744073709551616": larger than any machine
+memory "": must be a whole number of MiB, or one with a suffix: 512M, 2G, 1T
+memory "-5": must be a whole number of MiB, or one with a suffix: 512M, 2G, 1T
+memory "1.5G": must be a whole number of MiB, or one with a suffix: 512M, 2G, 1T
+memory "G": must be a whole number of MiB, or one with a suffix: 512M, 2G, 1T
+memory "512K": must be a whole number of MiB, or one with a suffix: 512M, 2G, 1T
+memory "5 G": must be a whole number of MiB, or one with a suffix: 512M, 2G, 1T
+memory "٣": must be a whole number of MiB, or one with a suffix: 512M, 2G, 1T
+"#);
     }
 
     proptest! {

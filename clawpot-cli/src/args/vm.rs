@@ -64,10 +64,9 @@ pub fn image(text: &str) -> Result<ImageRef, String> {
 }
 
 fn vcpus(text: &str) -> Result<Vcpus, String> {
-    let count: u64 =
-        text.parse().map_err(|_| format!("{text:?} vCPUs: must be a whole number, 1 to {}", Vcpus::MAX))?;
-    // What does not fit 32 bits is refused with the same words.
-    said(Vcpus::try_from(u32::try_from(count).unwrap_or(u32::MAX)))
+    let refuse = || format!("{text} vCPUs: must be 1 to {}", Vcpus::MAX);
+    // What does not fit 32 bits is refused in the same words.
+    text.parse::<u32>().ok().and_then(|count| Vcpus::try_from(count).ok()).ok_or_else(refuse)
 }
 
 fn said<T>(result: clawpot_types::Result<T>) -> Result<T, String> {

@@ -15,14 +15,14 @@ use crate::watch::{Goal, Wait};
 /// Create a VM and start it; its name is printed
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    #[command(flatten)]
-    vm: VmArgs,
     /// Wait until it runs, and fail if it does not
     #[arg(long)]
     wait: bool,
     /// Name or digest of an image; `clawpot image ls` shows them
     #[arg(value_parser = image)]
     image: ImageRef,
+    #[command(flatten)]
+    vm: VmArgs,
 }
 
 pub async fn run(global: &Global, args: Args) -> Outcome {

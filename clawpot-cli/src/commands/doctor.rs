@@ -8,16 +8,16 @@ use crate::doctor::check::{Level, report};
 use crate::doctor::{Places, examine};
 use crate::output;
 
-/// Check what this host has and lacks for VMs, and say how to mend it; exit code 1 if VMs cannot run
+/// Check what this host has and lacks for VMs, and say how to mend it
 ///
-/// Nothing is changed. Without root or a server less can be seen, which is said.
+/// Nothing is changed. Without root or a server less can be seen, which is said. Exit code 1 if VMs cannot run.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The server's state directory
     #[arg(long, env = "CLAWPOT_STATE_DIR", value_name = "DIR", default_value = "/var/lib/clawpot")]
     state_dir: PathBuf,
     /// Where images are kept [default: images in the state directory]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, env = "CLAWPOT_IMAGE_DIR", value_name = "DIR")]
     image_dir: Option<PathBuf>,
 }
 

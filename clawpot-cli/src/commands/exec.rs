@@ -13,7 +13,13 @@ use crate::exec::{self, Call};
 ///
 /// The command's exit code is this program's. Ctrl-C is sent to the command; a second one within 2 s ends it.
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "clawpot exec [OPTIONS] <VM> [--] [COMMAND]...")]
 pub struct Args {
+    /// Name, id, or the beginning of an id
+    vm: String,
+    /// The command; on a terminal a shell by default
+    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
     #[command(flatten)]
     process: ProcessArgs,
     /// Environment variable, or its NAME alone to take the value from here; may be repeated
@@ -25,11 +31,6 @@ pub struct Args {
     /// NAME, UID, NAME:GROUP or UID:GID [default: the VM's, else root]
     #[arg(short, long, value_name = "USER")]
     user: Option<String>,
-    /// Name, id, or the beginning of an id
-    vm: String,
-    /// The command; on a terminal a shell by default
-    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
-    command: Vec<OsString>,
 }
 
 pub async fn run(global: &Global, args: Args) -> Outcome {

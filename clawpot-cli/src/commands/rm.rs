@@ -21,7 +21,7 @@ pub struct Args {
     #[arg(long)]
     no_wait: bool,
     /// Names, ids, or the beginnings of ids
-    #[arg(required = true)]
+    #[arg(required = true, value_name = "VM")]
     vms: Vec<String>,
 }
 

@@ -22,11 +22,8 @@ const REMOVAL: Duration = Duration::from_secs(10);
 ///
 /// The command's exit code is this program's. Without --rm the VM stays, and its name is told on stderr.
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "clawpot run [OPTIONS] <IMAGE> [--] [COMMAND]...")]
 pub struct Args {
-    #[command(flatten)]
-    vm: VmArgs,
-    #[command(flatten)]
-    process: ProcessArgs,
     /// Delete the VM when the command has ended, or when this program goes away
     #[arg(long)]
     rm: bool,
@@ -36,6 +33,10 @@ pub struct Args {
     /// The command; on a terminal a shell by default
     #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
+    #[command(flatten)]
+    vm: VmArgs,
+    #[command(flatten)]
+    process: ProcessArgs,
 }
 
 pub async fn run(global: &Global, args: Args) -> Outcome {

@@ -95,6 +95,13 @@ mod tests {
     fn the_fix_stands_below_the_table() {
         let checks =
             [Check::ok("tun", "/dev/net/tun opens"), Check::fail("nft", "not in the PATH", "apt-get install nftables")];
-        insta::assert_snapshot!(without_ansi(&report(&checks)), @"");
+        insta::assert_snapshot!(without_ansi(&report(&checks)), @r#"
+RESULT  CHECK  FOUND
+ok      tun    /dev/net/tun opens
+fail    nft    not in the PATH
+
+nft: not in the PATH
+  fix: apt-get install nftables
+"#);
     }
 }

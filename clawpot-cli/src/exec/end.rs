@@ -100,7 +100,7 @@ mod tests {
     #[test]
     fn what_never_ran_says_why() {
         let codes: Vec<u8> =
-            (0..=8).map(|reason| failure("x", &ExecFailed { reason, message: String::new() }).report()).collect();
+            (0..=8).map(|reason| failure("x", &ExecFailed { reason, message: String::new() }).exit_code()).collect();
         assert_eq!(codes, [125, 127, 126, 126, 126, 125, 125, 125, 125]);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! - [`session`] keeps the process attached, through losses of the server, until it ends
 //! - [`outbox`] what is to be sent and resent, [`inbox`] what has arrived: pure, they prove that no byte is lost unsaid
+//! - [`wires`] what can be waited for while attached
 //! - [`stdin`], [`writer`] the threads that read and write this program's own streams
 //! - [`signals`], [`terminal`] what the person at the keyboard does
 //! - [`end`] exit codes
@@ -15,6 +16,7 @@ mod session;
 mod signals;
 mod stdin;
 pub mod terminal;
+mod wires;
 mod writer;
 
 use clawpot_common::v1::{EnvVar, ExecStart};

@@ -1,6 +1,5 @@
 //! Keeps a process attached until it ends.
 
-use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -8,13 +7,13 @@ use clawpot_common::v1::exec_input::Frame as In;
 use clawpot_common::v1::exec_output::Frame as Out;
 use clawpot_common::v1::{ExecAttach, ExecExited, ExecInput, ExecLost, ExecOutput, ExecStart, exec_lost};
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Response, Status, Streaming};
+use tonic::Status;
 
 use super::end::End;
 use super::inbox::{Gap, Inbox, Stream};
 use super::outbox::Outbox;
 use super::signals::{Interrupts, SIGINT, SIGPIPE, Signal, Signals};
+use super::wires::{Inbound, frame, read, room, until};
 use super::writer::Writer;
 use super::{stdin, terminal};
 use crate::api::{Api, Backoff, is_lost};
@@ -129,9 +128,7 @@ impl Session {
         let (tx, rx) = mpsc::channel(FRAMES);
         // The channel is empty: it takes the frame, or the loss shows below.
         tx.try_send(frame(self.first_frame())).unwrap_or_default();
-        let mut vms = self.api.vms();
-        let opening = Box::pin(async move { vms.exec(ReceiverStream::new(rx)).await });
-        self.relay(tx, Inbound::Opening(opening)).await
+        self.relay(tx, Inbound::open(&self.api, rx)).await
     }
 
     fn first_frame(&self) -> In {
@@ -247,6 +244,8 @@ impl Session {
                     note("the server is back; attached again");
                 }
                 self.started = true;
+                // The last ones may have been lost with the server: without them a full ring would stay full.
+                self.outbox.ack(self.inbox.offsets());
                 return self.outbox.open(started.stdin_offset).err().map(Status::data_loss);
             }
             Out::Stdout(data) => self.output(Stream::Stdout, data.offset, data.data),
@@ -313,7 +312,7 @@ impl Session {
         }
         let reconnect = self.reconnect;
         let first = self.away.is_none();
-        let pause = self.away.get_or_insert_with(|| Backoff::new(reconnect)).pause();
+        let pause = self.away.get_or_insert_with(|| Backoff::silent(reconnect)).pause();
         let Some(pause) = pause else { return Err(failure(status)) };
         if first {
             note(&format!("the server is gone; looking for it for {} s (--reconnect-timeout)", reconnect.as_secs()));
@@ -358,55 +357,6 @@ impl Session {
             }
         }
     }
-}
-
-type Opening = Pin<Box<dyn Future<Output = Result<Response<Streaming<ExecOutput>>, Status>>>>;
-
-/// The stream of the guest's frames: being opened, then open.
-enum Inbound {
-    Opening(Opening),
-    Open(Box<Streaming<ExecOutput>>),
-}
-
-impl Inbound {
-    /// May be dropped and called again at any time.
-    async fn next(&mut self) -> Result<Option<ExecOutput>, Status> {
-        if let Self::Opening(opening) = self {
-            *self = Self::Open(Box::new(opening.await?.into_inner()));
-        }
-        match self {
-            Self::Open(frames) => frames.message().await,
-            Self::Opening(_) => Ok(None),
-        }
-    }
-}
-
-/// Ready when the writer has room, or has given up.
-async fn room(chunks: Option<mpsc::Sender<(Stream, Bytes)>>) {
-    if let Some(chunks) = chunks
-        && chunks.reserve().await.is_err()
-    {
-        // It says itself why it gave up.
-    }
-}
-
-/// The next chunk of standard input, `None` once at its end; then never anything.
-async fn read(stdin: &mut Option<mpsc::Receiver<Bytes>>) -> Option<Bytes> {
-    match stdin {
-        Some(chunks) => chunks.recv().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
-        None => std::future::pending().await,
-    }
-}
-
-fn frame(frame: In) -> ExecInput {
-    ExecInput { frame: Some(frame) }
 }
 
 fn report(gap: &Gap) {

@@ -177,17 +177,16 @@ pub fn list(vms: &[Vm], now: SystemTime) -> String {
 /// `inspect`.
 pub fn detail(vm: &Vm, now: SystemTime) -> String {
     let spec = vm.spec.clone().unwrap_or_default();
-    let ago = |time: Option<&_>| format!("{} ago", time::age_of(time, now));
     let mut pairs = vec![
         ("Name", or_dash(&vm.name)),
         ("Id", vm.id.clone()),
-        ("Phase", format!("{}, since {}", phase(vm), ago(vm.phase_changed_at.as_ref()))),
+        ("Phase", format!("{}, for {}", phase(vm), time::age_of(vm.phase_changed_at.as_ref(), now))),
         ("Desired", desired(vm)),
         ("Image", format!("{} {}", spec.image, vm.image_digest)),
         ("Size", format!("{} vCPUs, {} MiB memory, {} MiB disk", spec.vcpus, spec.memory_mib, spec.disk_mib)),
         ("VMM", or_dash(format!("{} {}", vm.vmm, vm.vmm_version).trim())),
         ("Address", or_dash(&vm.address)),
-        ("Created", ago(vm.created_at.as_ref())),
+        ("Created", format!("{} ago", time::age_of(vm.created_at.as_ref(), now))),
         ("Counters", format!("revision {}, generation {}, incarnation {}", vm.revision, vm.generation, vm.incarnation)),
     ];
     let labels: BTreeMap<_, _> = vm.labels.iter().collect();

@@ -36,7 +36,24 @@ fn the_exit_code_inside_is_the_exit_code_outside() {
 fn what_cannot_run_is_explained() {
     let fake = Fake::with_vm();
     let said = |program| fake.run(&["exec", "web", "--", program]).err;
-    insta::assert_snapshot!(["nosuch", "/etc", "huge", "badcwd", "baduser", "full", "late"].map(said).concat(), @"");
+    insta::assert_snapshot!(["nosuch", "/etc", "huge", "badcwd", "baduser", "full", "late"].map(said).concat(), @r#"
+error: VM web: nosuch: not found
+  hint: is it installed in the image, and in the PATH there?
+error: VM web: /etc: cannot be executed
+  cause: /etc: is a directory
+error: VM web: huge: its arguments and environment are too long
+  cause: E2BIG
+  hint: Linux takes 128 KiB in one argument and about 2 MiB in all: pass more through standard input
+error: VM web: badcwd: its working directory cannot be used
+  cause: /nowhere: no such directory
+  hint: see --workdir
+error: VM web: baduser: its user is unknown
+  cause: no user "bob" in /etc/passwd
+  hint: see --user
+error: VM web: full: the guest has no room for it
+  cause: no memory
+clawpot: the command was killed: its --timeout is over
+"#);
 }
 
 #[test]
@@ -66,7 +83,15 @@ fn options_reach_the_process() {
     ]);
     command.env("FROM_HERE", "yes");
     let shown = String::from_utf8(command.output().unwrap().stdout).unwrap();
-    insta::assert_snapshot!(shown, @"");
+    insta::assert_snapshot!(shown, @r#"
+env [("A", "b=c"), ("FROM_HERE", "yes")]
+cwd "/tmp"
+user "bob:staff"
+timeout 1500
+stdin true
+tty false
+size None
+"#);
 }
 
 #[test]

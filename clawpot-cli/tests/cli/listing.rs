@@ -12,7 +12,7 @@ use crate::{Ran, ended, eventually, kill};
 /// Times that differ from run to run.
 fn steady(text: &str) -> String {
     let mut steady = String::new();
-    for line in text.lines() {
+    for line in text.replace(env!("CARGO_PKG_VERSION"), "VERSION").lines() {
         let line = match line.split_once("_at\": \"") {
             Some((key, rest)) => format!("{key}_at\": \"TIME\"{}", if rest.ends_with(',') { "," } else { "" }),
             None => line.to_owned(),
@@ -46,7 +46,7 @@ fn tables() {
     insta::assert_snapshot!("ls", shown(&fake, &["ls"]));
     insta::assert_snapshot!("inspect", shown(&fake, &["inspect", "web"]));
     insta::assert_snapshot!("inspect-failed", shown(&fake, &["inspect", "broken"]));
-    insta::assert_snapshot!("host", shown(&fake, &["host"]));
+    insta::assert_snapshot!("host", steady(&shown(&fake, &["host"])));
     assert!(shown(&fake, &["image", "ls"]).contains("debian  abababababab  350 MiB  erofs"));
     assert_eq!(shown(&Fake::start(), &["ls"]), "NAME  ID  PHASE  IMAGE  CPUS  MEMORY  ADDRESS  AGE\n");
 }
@@ -57,7 +57,7 @@ fn json() {
     insta::assert_snapshot!("inspect-json", steady(&shown(&fake, &["-o", "json", "inspect", "broken"])));
     insta::assert_snapshot!("host-json", steady(&shown(&fake, &["host", "-o", "json"])));
     insta::assert_snapshot!("image-json", steady(&shown(&fake, &["image", "ls", "-o", "json"])));
-    insta::assert_snapshot!("version-json", shown(&fake, &["version", "-o", "json"]));
+    insta::assert_snapshot!("version-json", steady(&shown(&fake, &["version", "-o", "json"])));
     let all: serde_json::Value = serde_json::from_str(&shown(&fake, &["ls", "-o", "json"])).unwrap();
     assert_eq!(all.as_array().unwrap().len(), 3);
     assert_eq!(shown(&Fake::start(), &["ls", "-o", "json"]), "[]\n");
@@ -79,7 +79,10 @@ fn names_and_prefixes_are_the_servers_to_resolve() {
     }
     let ran = fake.run(&["inspect", "nobody"]);
     assert_eq!(ran.code, Some(1));
-    insta::assert_snapshot!(ran.err, @"");
+    insta::assert_snapshot!(ran.err, @r#"
+error: VM "nobody": not found
+  hint: `clawpot ls` lists the VMs
+"#);
 }
 
 #[test]
@@ -204,11 +207,24 @@ fn a_failure_is_told_with_its_console() {
     let fake = Fake::start();
     let ran = fake.run(&["create", "broken", "--name", "broken", "--wait"]);
     assert_eq!((ran.code, ran.out.as_str()), (Some(1), ""));
-    insta::assert_snapshot!(ran.err, @"");
+    insta::assert_snapshot!(ran.err, @r#"
+error: VM broken: it failed while booting
+  cause: the guest did not say hello within 60 s
+  | [    0.512] Kernel panic - not syncing: No working init found.
+  | ^[[2Jpwned
+  hint: look at the console: `clawpot logs broken`
+"#);
     let cleanup = Failure { cleanup: "netns cp3f-7: unmounting it: busy".into(), hint: String::new(), ..broken() };
     let mut failed = vm("two", "debian");
     (failed.phase, failed.failure) = (Phase::Quarantined.into(), Some(cleanup));
     fake.state.put(failed);
-    insta::assert_snapshot!(fake.run(&["wait", "two"]).err, @"");
+    insta::assert_snapshot!(fake.run(&["wait", "two"]).err, @r#"
+error: VM two: it is quarantined
+  cause: the guest did not say hello within 60 s
+  cause: and cleaning up failed too: netns cp3f-7: unmounting it: busy
+  | [    0.512] Kernel panic - not syncing: No working init found.
+  | ^[[2Jpwned
+  hint: `clawpot logs two` shows its console
+"#);
     eventually("it is listed", || shown(&fake, &["ls"]).contains("quarantined"));
 }

@@ -1,5 +1,6 @@
 //! The program as people and scripts meet it: the real binary against a fake server on a Unix socket.
 #![allow(clippy::disallowed_methods, reason = "the tests start the program under test")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod doctor;
 mod exec;

@@ -90,6 +90,10 @@ fn the_servers_causes_and_hints_are_shown() {
     let fake = Fake::start();
     let ran = fake.run(&["create", "unknown"]);
     assert_eq!(ran.code, Some(1));
-    insta::assert_snapshot!(ran.err, @"");
+    insta::assert_snapshot!(ran.err, @r#"
+error: image "unknown": creating a VM of it
+  cause: no image has this name
+  hint: `clawpot image ls` lists the images
+"#);
     assert_eq!(fake.run(&["run", "unknown", "--", "true"]).code, Some(125));
 }

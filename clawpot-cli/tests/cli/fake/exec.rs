@@ -39,8 +39,13 @@ pub async fn attach(state: Arc<State>, mut input: Streaming<ExecInput>) -> Answe
     };
     match exec {
         Ok(exec) => {
+            // What was accepted but not taken is forgotten by this guest: it must come again.
+            let taken = exec.with_no_change(|inner| {
+                inner.stdin.clear();
+                inner.stdin_taken
+            });
             tokio::spawn(receive(exec.clone(), input));
-            tokio::spawn(send(exec, reached, tx));
+            tokio::spawn(send(exec, Cursor { stdout: reached.0, stderr: reached.1, stdin: taken }, tx));
         }
         Err(failed) => tx.send(frame(Out::Failed(failed))).await.unwrap(),
     }
@@ -88,17 +93,13 @@ struct Cursor {
     stdin: u64,
 }
 
-async fn send(exec: Arc<Exec>, (stdout, stderr): (u64, u64), tx: Sender) {
+async fn send(exec: Arc<Exec>, mut at: Cursor, tx: Sender) {
     let mut changed = exec.changed.subscribe();
-    let taken = exec.with(|inner| inner.stdin_taken);
-    let id = exec.inner.lock().unwrap().start.exec_id.clone();
-    let started = ExecStarted { exec_id: id, pid: 42, stdin_offset: taken };
+    let exec_id = exec.with_no_change(|inner| inner.start.exec_id.clone());
+    let started = ExecStarted { exec_id, pid: 42, stdin_offset: at.stdin };
     if tx.send(frame(Out::Started(started))).await.is_err() {
         return;
     }
-    // What was accepted but not taken is forgotten by this guest: it must come again.
-    exec.with(|inner| inner.stdin.clear());
-    let mut at = Cursor { stdout, stderr, stdin: taken };
     loop {
         changed.borrow_and_update();
         while let Some(next) = exec.with_no_change(|inner| next(inner, &mut at)) {

@@ -171,10 +171,11 @@ impl VmService for Service {
         let request = request.into_inner();
         let matches = |vm: &&Vm| request.labels.iter().all(|(key, value)| vm.labels.get(key) == Some(value));
         let all: Vec<Vm> = self.0.vms.lock().unwrap().values().filter(matches).cloned().collect();
-        // Pages of two, so that every listing pages.
+        // So small that every listing pages.
+        let page = all.len() / 2 + 1;
         let from: usize = request.page_token.parse().unwrap_or(0);
-        let next_page_token = if from + 2 < all.len() { (from + 2).to_string() } else { String::new() };
-        Ok(Response::new(ListVmsResponse { vms: all.into_iter().skip(from).take(2).collect(), next_page_token }))
+        let next_page_token = if from + page < all.len() { (from + page).to_string() } else { String::new() };
+        Ok(Response::new(ListVmsResponse { vms: all.into_iter().skip(from).take(page).collect(), next_page_token }))
     }
 
     async fn watch_vms(&self, request: Request<WatchVmsRequest>) -> Answer<Self::WatchVmsStream> {
