@@ -60,6 +60,8 @@ async fn stream(endpoint: &GuestEndpoint) -> Result<Box<dyn Stream>> {
         GuestEndpoint::Tcp { netns, address } => {
             let stream = netns::connect_tcp_in(netns, *address, CONNECT).await.map_err(not_up_yet)?;
             stream.set_nodelay(true).map_err(|error| Error::io("guest agent: setting TCP_NODELAY", error))?;
+            // A socket that waits for a dead guest's last acknowledgement would hold its netns for minutes.
+            stream.set_zero_linger().map_err(|error| Error::io("guest agent: setting SO_LINGER", error))?;
             Ok(Box::new(stream))
         }
     }
