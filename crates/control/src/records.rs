@@ -116,6 +116,7 @@ impl Records {
                 .insert(id_of(&bad.key)?, Row::Unreadable { revision: bad.revision, why: bad.error.chain() });
         }
         projection.slots = load_slots(&*store, &projection.rows).await?;
+        load_names(&*store, &mut projection).await?;
         let (changes, _) = broadcast::channel(WATCH_BACKLOG);
         Ok(Self { store, projection: Mutex::new(projection), changes })
     }
@@ -319,6 +320,21 @@ async fn load_slots(store: &dyn StateStore, rows: &BTreeMap<VmId, Row>) -> Resul
         }
     }
     Ok(slots)
+}
+
+/// Names of VMs whose records cannot be read: they are found by them, and give them up when they are removed.
+async fn load_names(store: &dyn StateStore, projection: &mut Projection) -> Result<()> {
+    for entry in store.list("names/").await?.entries {
+        let name = entry.key.trim_start_matches("names/").parse::<VmName>();
+        let claim = serde_json::from_slice::<Claim>(&entry.value);
+        // One that cannot be read keeps its name taken in the store all the same.
+        if let (Ok(name), Ok(claim)) = (name, claim)
+            && projection.rows.contains_key(&claim.vm)
+        {
+            projection.names.entry(name).or_insert(claim.vm);
+        }
+    }
+    Ok(())
 }
 
 fn slot_of(key: &str) -> Result<Slot> {

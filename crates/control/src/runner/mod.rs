@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clawpot_core::plan::{AfterError, Next, Step, after_error};
-use clawpot_core::{Desired, Fact, Facts, VmRecord, VmmFact, plan};
+use clawpot_core::{Desired, Fact, Facts, Phase, VmRecord, VmmFact, plan};
 use clawpot_types::{Error, Revision, Timestamp, VmId};
 use tokio::sync::{Notify, watch};
 use tracing::{debug, warn};
@@ -117,7 +117,10 @@ impl Runner {
             Err(error) => match after_error(record, step, error.kind(), error.retry()) {
                 AfterError::TryAgain if step == Step::SayHello => {
                     debug!(vm = %self.id, error = error.chain(), "no hello yet");
-                    Turn::Rest(Some(self.deps.clock.now().after(self.deps.settings.limits.hello_interval)))
+                    let limits = &self.deps.settings.limits;
+                    // One that is booting is waited for; one that fell silent long ago costs little.
+                    let pause = if record.phase == Phase::Running { limits.retry } else { limits.hello_interval };
+                    Turn::Rest(Some(self.deps.clock.now().after(pause)))
                 }
                 AfterError::TryAgain => self.odd(record, "step to be repeated", &error),
                 AfterError::Fail => match self.fail(revision, record, error).await {

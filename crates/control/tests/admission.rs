@@ -1,0 +1,159 @@
+//! What create accepts and refuses, and what it remembers.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use clawpot_core::Phase;
+use clawpot_types::{ImageRef, Kind, MiB, Retry};
+use support::{House, refused, wanted};
+
+#[tokio::test(start_paused = true)]
+async fn one_request_is_one_vm() {
+    let mut house = House::new().await;
+    let id = house.try_create("r-1", &wanted("web")).await.unwrap();
+    assert_eq!(house.try_create("r-1", &wanted("web")).await.unwrap(), id);
+    house.until(&id, Some(Phase::Running)).await;
+    house.restart().await;
+    assert_eq!(house.try_create("r-1", &wanted("web")).await.unwrap(), id, "also after a restart");
+    assert_eq!(house.service().records().count(), 1);
+
+    let mut other = wanted("web");
+    other.spec.memory = MiB(512);
+    let error = refused(house.try_create("r-1", &other).await);
+    assert_eq!(error.kind(), Kind::AlreadyExists);
+    assert!(error.chain().contains("another body") && error.next_step().is_some(), "{}", error.chain());
+    assert_eq!(house.service().records().count(), 1);
+}
+
+/// A lost answer is asked for again while the first is on its way, and after the VM is gone.
+#[tokio::test(start_paused = true)]
+async fn one_request_is_one_vm_at_any_moment() {
+    let house = House::new().await;
+    let (first, body) = (wanted("web"), wanted("web"));
+    let (a, b) = tokio::join!(house.try_create("r-1", &first), house.try_create("r-1", &body));
+    let ids: BTreeSet<_> = [&a, &b].into_iter().filter_map(|made| made.as_ref().ok()).collect();
+    assert_eq!(ids.len(), 1, "{a:?} {b:?}");
+    for error in [&a, &b].into_iter().filter_map(|made| made.as_ref().err()) {
+        assert_eq!(error.retry(), Retry::Later, "{}", error.chain());
+    }
+    let id = house.try_create("r-1", &body).await.unwrap();
+    assert_eq!(house.service().records().count(), 1);
+
+    house.delete(&id).await;
+    let error = refused(house.try_create("r-1", &body).await);
+    assert!(error.chain().contains(id.as_str()), "it is said which VM it was: {}", error.chain());
+    assert_eq!(house.service().records().count(), 0, "no second VM");
+    house.check_empty();
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_are_forgotten_after_a_day() {
+    let mut house = House::new().await;
+    let id = house.try_create("r-1", &wanted("web")).await.unwrap();
+    house.delete(&id).await;
+    tokio::time::sleep(Duration::from_secs(23 * 3600)).await;
+    house.restart().await;
+    assert!(house.store.keys().contains(&"requests/r-1".to_owned()));
+    tokio::time::sleep(Duration::from_secs(2 * 3600)).await;
+    house.restart().await;
+    assert!(house.store.keys().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn names_are_unique_and_free_again_after_deletion() {
+    let house = House::new().await;
+    let id = house.create("web").await;
+    let error = refused(house.try_create("other", &wanted("web")).await);
+    assert_eq!(error.kind(), Kind::AlreadyExists);
+    assert!(error.chain().contains("\"web\"") && error.chain().contains(id.as_str()), "{}", error.chain());
+    house.delete(&id).await;
+    assert_ne!(house.try_create("again", &wanted("web")).await.unwrap(), id);
+    // Nobody chose a name: there is one.
+    let mut nameless = wanted("x");
+    nameless.name = None;
+    let id = house.try_create("", &nameless).await.unwrap();
+    assert!(!house.record(&id).name.as_str().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn slots_run_out_and_come_back() {
+    let house = House::with_slots(3).await;
+    let ids = [house.running("a").await, house.running("b").await, house.running("c").await];
+    let slots: BTreeSet<_> = ids.iter().map(|id| house.record(id).slot).collect();
+    assert_eq!(slots.len(), 3);
+    let error = refused(house.try_create("d", &wanted("d")).await);
+    assert_eq!(error.kind(), Kind::Exhausted);
+    assert!(error.chain().contains('3') && error.next_step().unwrap().contains("clawpot rm"), "{}", error.chain());
+    // A stopped VM keeps its slot.
+    house.stop(&ids[1]).await;
+    assert_eq!(refused(house.try_create("d", &wanted("d")).await).kind(), Kind::Exhausted);
+    let freed = house.record(&ids[1]).slot;
+    house.delete(&ids[1]).await;
+    let id = house.running("d").await;
+    assert_eq!(house.record(&id).slot, freed);
+    house.check_contracts();
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_at_once_share_nothing() {
+    let house = House::with_slots(64).await;
+    let bodies: Vec<_> = (0..40).map(|n| (format!("vm-{n}"), wanted(&format!("vm-{n}")))).collect();
+    let made = bodies.iter().map(|(name, body)| house.try_create(name, body));
+    let ids: Vec<_> = futures_util::future::join_all(made).await.into_iter().map(Result::unwrap).collect();
+    let mut slots = BTreeSet::new();
+    for id in &ids {
+        house.until(id, Some(Phase::Running)).await;
+        let record = house.record(id);
+        assert!(slots.insert((record.slot, record.address)), "{slots:?}");
+    }
+    for id in &ids {
+        house.delete(id).await;
+    }
+    house.check_empty();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_is_refused_and_nothing_is_kept() {
+    let house = House::new().await;
+    let mut bodies = Vec::new();
+    for memory in [0, 1, 1 << 32, u64::MAX] {
+        let mut body = wanted("web");
+        body.spec.memory = MiB(memory);
+        bodies.push((body, Kind::InvalidArgument, "memory"));
+    }
+    for disk in [0, u64::MAX] {
+        let mut body = wanted("web");
+        body.spec.disk = MiB(disk);
+        bodies.push((body, Kind::InvalidArgument, "disk"));
+    }
+    let mut unknown = wanted("web");
+    unknown.spec.image = ImageRef::Name("plan9".to_owned());
+    bodies.push((unknown, Kind::NotFound, "plan9"));
+    for (body, kind, word) in bodies {
+        let error = refused(house.try_create("r", &body).await);
+        assert_eq!(error.kind(), kind, "{}", error.chain());
+        assert!(error.chain().contains(word), "{}", error.chain());
+    }
+    for bad in ["a b", "../x", &"r".repeat(129)] {
+        assert_eq!(refused(house.try_create(bad, &wanted("web")).await).kind(), Kind::InvalidArgument, "{bad}");
+    }
+    assert!(house.store.keys().is_empty());
+    house.check_empty();
+}
+
+#[tokio::test(start_paused = true)]
+async fn vms_are_found_by_name_id_and_prefix() {
+    let house = House::new().await;
+    let id = house.create("web").await;
+    for word in ["web", id.as_str(), &id.as_str()[..4]] {
+        assert_eq!(house.service().get(word).unwrap().0, id);
+    }
+    for word in ["", "nobody", "0123456789abcdefg"] {
+        let error = refused(house.service().get(word));
+        assert!(error.next_step().is_some(), "{}", error.chain());
+    }
+}

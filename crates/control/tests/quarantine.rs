@@ -1,0 +1,98 @@
+//! What cannot be read is shown, kept, and touched only on its owner's word.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::time::Duration;
+
+use clawpot_control::Row;
+use clawpot_core::Phase;
+use clawpot_types::Kind;
+use support::{House, refused, wanted};
+
+#[tokio::test(start_paused = true)]
+async fn an_unreadable_record_is_quarantined_and_keeps_what_it_has() {
+    let mut house = House::with_slots(2).await;
+    let id = house.running("web").await;
+    let living = house.host.living();
+    let left = house.host.left_behind();
+    house.store.damage(&format!("vms/{id}"));
+    house.restart().await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+
+    assert_eq!(house.phase(&id), Some(Phase::Quarantined));
+    assert_eq!((house.host.living(), house.host.left_behind()), (living, left), "nothing was touched");
+    let Some(Row::Unreadable { why, .. }) = house.service().records().get(&id) else { panic!("it is readable") };
+    assert!(why.contains(id.as_str()), "{why}");
+    let page = house.service().list(&Default::default(), 0, "").unwrap();
+    assert_eq!(page.rows.len(), 1, "it is listed");
+
+    // Its slot and its name are not given to anyone.
+    let other = house.running("other").await;
+    assert_eq!(refused(house.try_create("third", &wanted("third")).await).kind(), Kind::Exhausted);
+    house.delete(&other).await;
+    assert_eq!(refused(house.try_create("web-2", &wanted("web")).await).kind(), Kind::AlreadyExists);
+    for error in [
+        refused(house.service().start(id.as_str(), "uid=0").await),
+        refused(house.service().delete(id.as_str(), false, "uid=0").await),
+        refused(house.exec(&id, &["true"]).await),
+    ] {
+        assert_eq!(error.kind(), Kind::FailedPrecondition);
+        assert!(error.next_step().unwrap().contains("--force"), "{:?}", error.next_step());
+    }
+    house.check_contracts();
+}
+
+#[tokio::test(start_paused = true)]
+async fn force_removes_it_whole() {
+    let mut house = House::with_slots(1).await;
+    let id = house.running("web").await;
+    house.store.damage(&format!("vms/{id}"));
+    house.restart().await;
+    house.service().delete(id.as_str(), true, "uid=0").await.unwrap();
+    assert_eq!(house.phase(&id), None);
+    house.check_empty();
+    // Slot and name are free again.
+    let id = house.try_create("again", &wanted("web")).await.unwrap();
+    house.until(&id, Some(Phase::Running)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_record_that_is_json_and_no_record_is_quarantined_too() {
+    let mut house = House::new().await;
+    let id = house.running("web").await;
+    house.store.scribble(&format!("vms/{id}"), br#"{"version":1,"id":"what"}"#);
+    house.restart().await;
+    assert_eq!(house.phase(&id), Some(Phase::Quarantined));
+    assert_eq!(house.host.living().len(), 1);
+    house.service().delete(id.as_str(), true, "uid=0").await.unwrap();
+    house.check_empty();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_newer_servers_record_stops_the_older_server() {
+    let mut house = House::new().await;
+    let id = house.running("web").await;
+    house.store.scribble(&format!("vms/{id}"), br#"{"version":999}"#);
+    let error = house.try_restart().await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert!(error.chain().contains("999") && error.chain().contains(id.as_str()), "{}", error.chain());
+    assert_eq!(house.host.living().len(), 1);
+}
+
+/// A slot on the host that no record has: left of a pool, or of a crash.
+#[tokio::test(start_paused = true)]
+async fn stray_slots_are_swept_and_others_are_not() {
+    let mut house = House::new().await;
+    let id = house.running("web").await;
+    let net = clawpot_testkit::FakeNet::new(&house.host);
+    clawpot_core::ports::Net::ensure(&net, clawpot_types::Slot(5)).await.unwrap();
+    house.restart().await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let slot = house.record(&id).slot;
+    let nets: Vec<String> = house.host.left_behind().into_iter().filter(|line| line.contains("netns")).collect();
+    assert_eq!(nets, [format!("netns, tap and rules of slot {slot}")]);
+    house.delete(&id).await;
+    house.check_empty();
+}
