@@ -2,12 +2,16 @@
 //!
 //! The files belong to the guest: they may be absent, huge, or not files at all.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::{Mode, OFlags};
+
+use crate::lock;
 
 /// More of passwd or group is not read, bytes.
 const MAX_FILE: u64 = 4 << 20;
@@ -41,43 +45,70 @@ pub enum UserError {
     },
 }
 
-/// The user that `spec` names below `root`: "name", "uid", either with ":group" or ":gid"; empty is root.
-///
-/// A number always works. As with container runtimes, a number without an entry has group 0, and a named group replaces
-/// the supplementary ones.
-pub fn resolve(root: &Path, spec: &str) -> Result<User, UserError> {
-    let (name, group) = match spec.split_once(':') {
-        Some((name, group)) => (name, Some(group)),
-        None => (spec, None),
-    };
-    let name = if name.is_empty() { "0" } else { name };
-    let passwd = read(root, "etc/passwd")?;
-    let number = name.parse::<u32>().ok();
-    let entry = lines(&passwd).find_map(|line| Entry::parse(line).filter(|entry| entry.is(name, number)));
-    let mut user = match (entry, number) {
-        (Some(entry), _) => User {
-            uid: entry.uid,
-            gid: entry.gid,
-            groups: Vec::new(),
-            name: entry.name.to_vec(),
-            home: Some(PathBuf::from(std::ffi::OsString::from_vec(entry.home.to_vec()))),
-        },
-        (None, Some(uid)) => {
-            let home = (uid == 0).then(|| PathBuf::from("/root"));
-            let name = if uid == 0 { b"root".to_vec() } else { name.into() };
-            User { uid, gid: 0, groups: Vec::new(), name, home }
+/// passwd and group of one root, read again only when they have changed: every exec asks.
+#[derive(Debug)]
+pub struct Users {
+    passwd: Kept,
+    group: Kept,
+}
+
+impl Users {
+    #[must_use]
+    pub fn new(root: &Path) -> Self {
+        Self { passwd: Kept::new(root.join("etc/passwd")), group: Kept::new(root.join("etc/group")) }
+    }
+
+    /// The user that `spec` names: "name", "uid", either with ":group" or ":gid"; empty is root.
+    ///
+    /// A number always works. As with container runtimes, a number without an entry has group 0, and a named group replaces
+    /// the supplementary ones.
+    pub fn resolve(&self, spec: &str) -> Result<User, UserError> {
+        let (name, group) = match spec.split_once(':') {
+            Some((name, group)) => (name, Some(group)),
+            None => (spec, None),
+        };
+        let name = if name.is_empty() { "0" } else { name };
+        let passwd = self.passwd.read()?;
+        let number = name.parse::<u32>().ok();
+        let entry = lines(&passwd).find_map(|line| Entry::parse(line).filter(|entry| entry.is(name, number)));
+        let mut user = match (entry, number) {
+            (Some(entry), _) => User {
+                uid: entry.uid,
+                gid: entry.gid,
+                groups: Vec::new(),
+                name: entry.name.to_vec(),
+                home: Some(PathBuf::from(std::ffi::OsString::from_vec(entry.home.to_vec()))),
+            },
+            (None, Some(uid)) => {
+                let home = (uid == 0).then(|| PathBuf::from("/root"));
+                let name = if uid == 0 { b"root".to_vec() } else { name.into() };
+                User { uid, gid: 0, groups: Vec::new(), name, home }
+            }
+            (None, None) => return Err(UserError::NoUser { name: name.into(), file: self.passwd.path.clone() }),
+        };
+        match group {
+            Some(group) => user.gid = self.gid_of(group)?,
+            // A guest without a group file has no supplementary groups; that is no reason not to run.
+            None => user.groups = supplementary(&self.group.read()?, &user.name),
         }
-        (None, None) => return Err(UserError::NoUser { name: name.into(), file: root.join("etc/passwd") }),
-    };
-    match group {
-        Some(group) => user.gid = gid_of(root, group)?,
-        // A guest without a group file has no supplementary groups; that is no reason not to run.
-        None => user.groups = supplementary(&read(root, "etc/group")?, &user.name),
+        if !user.groups.contains(&user.gid) {
+            user.groups.insert(0, user.gid);
+        }
+        Ok(user)
     }
-    if !user.groups.contains(&user.gid) {
-        user.groups.insert(0, user.gid);
+
+    fn gid_of(&self, group: &str) -> Result<u32, UserError> {
+        if let Ok(gid) = group.parse() {
+            return Ok(gid);
+        }
+        lines(&self.group.read()?)
+            .find_map(|line| {
+                let mut fields = line.split(|byte| *byte == b':');
+                let name = fields.next()?;
+                (name == group.as_bytes()).then(|| fields.nth(1).and_then(decimal))?
+            })
+            .ok_or_else(|| UserError::NoGroup { name: group.into(), file: self.group.path.clone() })
     }
-    Ok(user)
 }
 
 struct Entry<'a> {
@@ -103,19 +134,6 @@ impl<'a> Entry<'a> {
     }
 }
 
-fn gid_of(root: &Path, group: &str) -> Result<u32, UserError> {
-    if let Ok(gid) = group.parse() {
-        return Ok(gid);
-    }
-    lines(&read(root, "etc/group")?)
-        .find_map(|line| {
-            let mut fields = line.split(|byte| *byte == b':');
-            let name = fields.next()?;
-            (name == group.as_bytes()).then(|| fields.nth(1).and_then(decimal))?
-        })
-        .ok_or_else(|| UserError::NoGroup { name: group.into(), file: root.join("etc/group") })
-}
-
 /// Gids of the groups whose member list has `name`.
 fn supplementary(group: &[u8], name: &[u8]) -> Vec<u32> {
     lines(group)
@@ -136,22 +154,64 @@ fn decimal(text: &[u8]) -> Option<u32> {
     std::str::from_utf8(text).ok()?.parse().ok()
 }
 
-/// What the file holds; nothing where it does not exist or is not a file.
-fn read(root: &Path, name: &str) -> Result<Vec<u8>, UserError> {
-    let file = root.join(name);
-    let unreadable = |source| UserError::Unreadable { file: file.clone(), source };
-    // Not blocking: the guest may have put a FIFO there.
-    let open = match rustix::fs::open(&file, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(fd) => File::from(fd),
-        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Ok(Vec::new()),
-        Err(errno) => return Err(unreadable(errno.into())),
-    };
-    if !open.metadata().map_err(unreadable)?.is_file() {
-        return Ok(Vec::new());
+/// A file as it was last read.
+#[derive(Debug)]
+struct Kept {
+    path: PathBuf,
+    last: Mutex<Option<(Stamp, Arc<[u8]>)>>,
+}
+
+/// Device, inode, size, and the times of the last changes of content and of anything.
+type Stamp = [(u64, i64); 3];
+
+impl Kept {
+    fn new(path: PathBuf) -> Self {
+        Self { path, last: Mutex::default() }
     }
-    let mut text = Vec::new();
-    open.take(MAX_FILE).read_to_end(&mut text).map_err(unreadable)?;
-    Ok(text)
+
+    /// What the file holds; nothing where it does not exist or is not a file.
+    fn read(&self) -> Result<Arc<[u8]>, UserError> {
+        let stamp = match std::fs::metadata(&self.path) {
+            Ok(found) => stamp(&found),
+            Err(error) if is_absent(&error) => return Ok(Arc::default()),
+            Err(error) => return Err(self.unreadable(error)),
+        };
+        if let Some((at, text)) = &*lock(&self.last)
+            && *at == stamp
+        {
+            return Ok(text.clone());
+        }
+        let (stamp, text) = self.read_now().map_err(|error| self.unreadable(error))?;
+        *lock(&self.last) = Some((stamp, text.clone()));
+        Ok(text)
+    }
+
+    fn read_now(&self) -> io::Result<(Stamp, Arc<[u8]>)> {
+        // Not blocking: the guest may have put a FIFO there.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let open = File::from(rustix::fs::open(&self.path, flags, Mode::empty())?);
+        let found = open.metadata()?;
+        let mut text = Vec::new();
+        if found.is_file() {
+            open.take(MAX_FILE).read_to_end(&mut text)?;
+        }
+        Ok((stamp(&found), text.into()))
+    }
+
+    fn unreadable(&self, source: io::Error) -> UserError {
+        UserError::Unreadable { file: self.path.clone(), source }
+    }
+}
+
+fn stamp(found: &Metadata) -> Stamp {
+    let size = i64::try_from(found.size()).unwrap_or(i64::MAX);
+    let [changed, touched] = [(found.mtime(), found.mtime_nsec()), (found.ctime(), found.ctime_nsec())]
+        .map(|(seconds, nanos)| (seconds.unsigned_abs(), nanos));
+    [(found.dev().rotate_left(32) ^ found.ino(), size), changed, touched]
+}
+
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 #[cfg(test)]
@@ -182,7 +242,7 @@ mod tests {
 
     fn summary(spec: &str) -> Result<(u32, u32, Vec<u32>, String), String> {
         let root = root();
-        let user = resolve(root.path(), spec).map_err(|error| error.to_string())?;
+        let user = Users::new(root.path()).resolve(spec).map_err(|error| error.to_string())?;
         Ok((user.uid, user.gid, user.groups, String::from_utf8(user.name).unwrap()))
     }
 
@@ -209,9 +269,9 @@ mod tests {
     #[test]
     fn without_files_numbers_still_work() {
         let root = tempfile::tempdir().unwrap();
-        let user = resolve(root.path(), "").unwrap();
+        let user = Users::new(root.path()).resolve("").unwrap();
         assert_eq!((user.uid, user.home), (0, Some("/root".into())));
-        assert_eq!(resolve(root.path(), "7").unwrap().uid, 7);
+        assert_eq!(Users::new(root.path()).resolve("7").unwrap().uid, 7);
     }
 
     #[test]
@@ -226,6 +286,18 @@ mod tests {
             0,
         )
         .unwrap();
-        assert_eq!(resolve(root.path(), "").unwrap().uid, 0);
+        assert_eq!(Users::new(root.path()).resolve("").unwrap().uid, 0);
+    }
+
+    #[test]
+    #[allow(clippy::disallowed_methods, reason = "a fixture has no crash to survive")]
+    fn a_changed_file_is_read_again() {
+        let root = root();
+        let users = Users::new(root.path());
+        assert_eq!(users.resolve("dev").unwrap().uid, 1000);
+        std::fs::write(root.path().join("etc/passwd"), "dev:x:2000:2000::/:/bin/sh\n").unwrap();
+        assert_eq!(users.resolve("dev").unwrap().uid, 2000);
+        std::fs::remove_file(root.path().join("etc/passwd")).unwrap();
+        assert!(users.resolve("dev").is_err());
     }
 }

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,7 +11,7 @@ use clawpot_common::v1::{ExecFailed, ExecStart};
 use rustix::termios::Winsize;
 
 use super::pty;
-use crate::user::{self, User};
+use crate::user::{User, UserError, Users};
 
 /// The kernel's limit of one argument or variable, with its NUL, bytes: MAX_ARG_STRLEN = 32 pages.
 const MAX_STRING: usize = 128 << 10;
@@ -42,9 +41,8 @@ pub fn failed(reason: Reason, message: impl Into<String>) -> ExecFailed {
     ExecFailed { reason: reason.into(), message: message.into() }
 }
 
-/// Users are looked up below `root`.
-pub fn plan(start: ExecStart, root: &Path) -> Result<Plan, ExecFailed> {
-    let user = user::resolve(root, &start.user).map_err(|error| bad_user(&error))?;
+pub fn plan(start: ExecStart, users: &Users) -> Result<Plan, ExecFailed> {
+    let user = users.resolve(&start.user).map_err(|error| bad_user(&error))?;
     if start.argv.first().is_none_or(Bytes::is_empty) {
         return Err(failed(Reason::BadRequest, "argv: needs a program"));
     }
@@ -152,7 +150,7 @@ fn string(bytes: &[u8], what: impl Fn() -> String) -> Result<CString, ExecFailed
     CString::new(bytes).map_err(|_| failed(Reason::BadRequest, format!("{}: contains a NUL byte", what())))
 }
 
-fn bad_user(error: &user::UserError) -> ExecFailed {
+fn bad_user(error: &UserError) -> ExecFailed {
     let mut message = error.to_string();
     if let Some(source) = std::error::Error::source(error) {
         message = format!("{message}: {source}");
@@ -168,8 +166,12 @@ mod tests {
         ExecStart { argv: argv.iter().map(|arg| Bytes::copy_from_slice(arg)).collect(), ..ExecStart::default() }
     }
 
+    fn nobody() -> Users {
+        Users::new("/nonexistent".as_ref())
+    }
+
     fn reason(start: ExecStart) -> Option<Reason> {
-        plan(start, Path::new("/nonexistent")).err().map(|failed| failed.reason())
+        plan(start, &nobody()).err().map(|failed| failed.reason())
     }
 
     #[test]
@@ -187,7 +189,7 @@ mod tests {
     fn path_is_that_of_the_request() {
         let path =
             clawpot_common::v1::EnvVar { name: Bytes::from_static(b"PATH"), value: Bytes::from_static(b"/a::/b") };
-        let plan = plan(ExecStart { env: vec![path], ..start(&[b"x"]) }, Path::new("/nonexistent")).unwrap();
+        let plan = plan(ExecStart { env: vec![path], ..start(&[b"x"]) }, &nobody()).unwrap();
         assert_eq!(plan.candidates, [c"/a/x".into(), c"./x".into(), CString::from(c"/b/x")]);
         assert!(plan.env.contains(&c"PATH=/a::/b".into()));
         assert!(plan.env.contains(&c"HOME=/root".into()));
@@ -195,7 +197,7 @@ mod tests {
 
     #[test]
     fn a_path_is_taken_as_it_is() {
-        let plan = plan(start(&[b"./x"]), Path::new("/nonexistent")).unwrap();
+        let plan = plan(start(&[b"./x"]), &nobody()).unwrap();
         assert_eq!(plan.candidates, [CString::from(c"./x")]);
         assert_eq!(plan.cwd, CString::from(c"/root"));
         assert!(plan.cwd_is_default);

@@ -25,6 +25,7 @@ use super::ring::Budget;
 use super::spawn::{FileLimit, Stdio, spawn};
 use crate::lock;
 use crate::reaper::Reaper;
+use crate::user::Users;
 
 /// Execs that run at once; more are refused.
 const MAX_RUNNING: usize = 1024;
@@ -38,8 +39,7 @@ const KEEP: Duration = Duration::from_secs(600);
 pub struct Shared {
     pub reaper: Arc<Reaper>,
     pub cgroups: Cgroups,
-    /// Where etc/passwd and etc/group are.
-    pub root: PathBuf,
+    pub users: Users,
     pub files: Option<FileLimit>,
     pub budget: Arc<Budget>,
     /// How long a process whose caller was lost is held by a full ring before its oldest output is dropped.
@@ -63,6 +63,7 @@ struct Table {
 pub struct Surroundings {
     pub reaper: Arc<Reaper>,
     pub cgroups: Cgroups,
+    /// Where etc/passwd and etc/group are.
     pub root: PathBuf,
     pub files: Option<FileLimit>,
     /// Bytes of output and input that all execs together may hold.
@@ -77,7 +78,8 @@ impl Shared {
         let scratch = Mutex::new(vec![0; EXEC_CHUNK].into_boxed_slice());
         let null = File::options().read(true).write(true).open("/dev/null")?;
         let budget = Budget::new(memory);
-        Ok(Arc::new(Self { reaper, cgroups, root, files, budget, patience, scratch, null, table: Mutex::default() }))
+        let users = Users::new(&root);
+        Ok(Arc::new(Self { reaper, cgroups, users, files, budget, patience, scratch, null, table: Mutex::default() }))
     }
 
     /// Starts an exec, or finds the one that was started with this id.
@@ -100,7 +102,7 @@ impl Shared {
                 ));
             }
         }
-        let plan = plan(start, &self.root)?;
+        let plan = plan(start, &self.users)?;
         let (exec, run) = self.spawn(id, &plan)?;
         lock(&self.table).execs.insert(exec.id.clone(), exec.clone());
         tokio::spawn(run);
