@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use clawpot_core::ports::{EventLog, StateStore, TxnOutcome};
-use clawpot_store::{Options, SqliteStore, StateLock, backup, store::path};
+use clawpot_store::{Options, SqliteStore, backup, store::path};
 use clawpot_types::{Kind, Revision};
 use futures_util::StreamExt as _;
 use rusqlite::Connection;

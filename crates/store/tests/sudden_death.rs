@@ -22,7 +22,7 @@ async fn victim() {
     for n in from.. {
         let key = format!("vms/{n}");
         let mut txn = txn(vec![], vec![put(&key, &format!("\"{}\"", "v".repeat(500)))]);
-        txn.durability = if n % 8 == 0 { Durability::Full } else { Durability::Normal };
+        txn.durability = if n.is_multiple_of(8) { Durability::Full } else { Durability::Normal };
         state.store().txn(txn).await.unwrap();
         let mut out = std::io::stdout().lock();
         writeln!(out, "acknowledged {key}").and_then(|()| out.flush()).unwrap();
