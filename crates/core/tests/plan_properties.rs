@@ -93,7 +93,7 @@ fn tell(world: &mut World, story: &[(usize, Event)]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1024, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_plan_ends_whatever_comes(story in story(), remove_when_done: bool) {
