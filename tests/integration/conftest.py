@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from harness import sweep
 from harness.server import ASSETS, Server
 from harness.world import World
 
@@ -19,6 +21,9 @@ LIVING: list[Server] = []
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     del session
+    # A time limit from outside ends the run in order, and nothing is left.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sweep.sweep()
     if os.geteuid() != 0:
         pytest.exit("these tests make network namespaces and VMs: run them as root (sudo -E uv run pytest)", 2)
     needed = [tool for tool in ("ip", "nft", "nsenter", "ss", "setpriv", "unshare") if not shutil.which(tool)]

@@ -50,7 +50,7 @@ def test_on_the_command_line(server: Server, words: list[str], code: int, said: 
 def test_unknown_images(server: Server, image: str) -> None:
     done = server.cli("create", image)
     assert done.code in (1, 2), done
-    assert "image" in done.stderr, done
+    assert "image" in done.stderr or "digest" in done.stderr, done
     if image == "nosuch":
         assert "there is debian" in done.stderr, done
 
@@ -81,7 +81,7 @@ def test_a_name_twice(server: Server, vm: str) -> None:
         ({"labels": {str(n): "" for n in range(65)}, "spec": {"image": "debian"}}, "labels"),
         ({"request_id": "a/b", "spec": {"image": "debian"}}, "request_id"),
         ({"spec": {"image": "debian", "env": [{"name": b"A=B", "value": b""}]}}, "spec.env"),
-        ({"spec": {"image": "debian", "cwd": "relative"}}, "spec.cwd"),
+        ({"spec": {"image": "debian", "cwd": "/" * 5000}}, "spec.cwd"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

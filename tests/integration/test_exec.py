@@ -51,7 +51,7 @@ def test_a_command_that_reads_no_input_ends_all_the_same(server: Server, vm: str
 
 def test_output_that_nobody_reads_waits_in_constant_memory(server: Server, vm: str) -> None:
     """The reader stops; the writer inside stops too, and goes on when it is read again."""
-    slow = server.cli.start("exec", vm, "--", "sh", "-c", "head -c 33554432 /dev/zero; echo end >&2")
+    slow = server.cli.start("exec", vm, "--", "sh", "-c", "head -c 33554432 /dev/zero; echo end >&2", bufsize=0)
     assert slow.stdout is not None
     slow.stdout.read(1)
     time.sleep(2)

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, duration_pb2, message_factory, timestamp_pb2
 
 REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
 #: All of reflection's protocol that is used here; the field numbers are those of grpc/reflection/v1/reflection.proto.
 _REFLECTION_FIELDS = {
-    "Request": [("file_containing_symbol", 4, "TYPE_STRING", ""), ("list_services", 7, "TYPE_STRING", "")],
+    "Request": [
+        ("file_by_filename", 3, "TYPE_STRING", ""),
+        ("file_containing_symbol", 4, "TYPE_STRING", ""),
+        ("list_services", 7, "TYPE_STRING", ""),
+    ],
     "Files": [("file_descriptor_proto", 1, "TYPE_BYTES", "repeated")],
     "Service": [("name", 1, "TYPE_STRING", "")],
     "Services": [("service", 1, ".r.Service", "repeated")],
@@ -95,8 +99,11 @@ class Api:
     def _fetch(self, name: str) -> Any:
         """A file that the server did not send along: one of protobuf's own."""
         file = descriptor_pb2.FileDescriptorProto()
-        descriptor_pool.Default().FindFileByName(name).CopyToProto(file)
-        return file
+        own = {module.DESCRIPTOR.name: module.DESCRIPTOR for module in (duration_pb2, timestamp_pb2)}
+        if name in own:
+            own[name].CopyToProto(file)
+            return file
+        return descriptor_pb2.FileDescriptorProto.FromString(self._ask(file_by_filename=name).files.file_descriptor_proto[0])
 
     def _method(self, service: str, method: str) -> Any:
         return self._service(service).methods_by_name[method]

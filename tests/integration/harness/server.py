@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -165,7 +166,8 @@ class Server:
         for name in traces.links():
             run("ip", "-n", self.world.host, "link", "del", name, check=False)
         for path in sorted(traces.cgroups(), key=lambda path: -len(path.parts)):
-            left.append(f"cgroup {path}")
+            if re.search(r"/[a-z0-9]{16}-\d+$", str(path)):
+                left.append(f"cgroup {path}")
         for path in sorted({*traces.cgroups(), *(path.parent for path in traces.cgroups())}, key=lambda p: -len(p.parts)):
             with contextlib.suppress(OSError):
                 path.rmdir()
