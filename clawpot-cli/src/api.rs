@@ -170,3 +170,26 @@ fn group_name(gid: u32) -> String {
     });
     name.unwrap_or_else(|| gid.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_not_open_the_socket_learns_which_group_may() {
+        assert!(permission_hint(Some("clawpot")).starts_with("join its group: `sudo usermod -aG clawpot $USER`"));
+        assert!(permission_hint(Some("root")).starts_with("use sudo"));
+        assert_eq!(group_name(0), "root");
+        assert_eq!(group_name(4_123_456_789), "4123456789");
+        let denied = unreachable(Path::new("/"), Some(&io::ErrorKind::PermissionDenied.into()));
+        assert_eq!(denied.first_cause(), "you may not open this socket");
+    }
+
+    #[test]
+    fn pauses_grow_and_end() {
+        let mut backoff = Backoff::silent(Duration::from_secs(60));
+        let pauses: Vec<_> = std::iter::from_fn(|| backoff.pause()).take(6).map(|pause| pause.as_millis()).collect();
+        assert_eq!(pauses, [50, 100, 200, 400, 800, 1_000]);
+        assert_eq!(Backoff::silent(Duration::ZERO).pause(), None);
+    }
+}

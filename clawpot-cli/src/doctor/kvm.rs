@@ -47,7 +47,7 @@ pub fn judge(api: &io::Result<i32>, host: Option<&Host>) -> Check {
     let emulated = "VMs are emulated by QEMU, which is slow: use a host with hardware virtualisation, or enable it (nested \
                     virtualisation too) in the firmware or hypervisor, and `modprobe kvm_intel` or `kvm_amd`";
     match (api, probe) {
-        (Ok(API), Some(probe)) => Check::ok(NAME, format!("API {API}; the server's probe: {probe}")),
+        (Ok(API), Some(probe)) => Check::ok(NAME, format!("API {API}; the server says: {probe}")),
         (Ok(API), None) => {
             Check::ok(NAME, format!("API {API}; whether guests run only the server's probe VM can show"))
         }

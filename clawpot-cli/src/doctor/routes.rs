@@ -4,8 +4,10 @@ use std::net::Ipv4Addr;
 
 use super::check::Check;
 
-/// Addresses of the slots, and those that every guest sees around it.
-const SLOTS: (Ipv4Addr, u32) = (Ipv4Addr::new(10, 201, 0, 0), 16);
+/// The /16s of which a server takes the first free one for its slots (`crates/net/src/address.rs`).
+const SLOTS: [[u8; 2]; 10] =
+    [[10, 201], [10, 202], [10, 203], [10, 211], [10, 222], [172, 29], [172, 28], [172, 27], [198, 18], [198, 19]];
+/// What every guest sees around it: both of its links.
 const GUESTS: (Ipv4Addr, u32) = (Ipv4Addr::new(172, 31, 254, 0), 23);
 
 pub fn forwarding() -> Check {
@@ -37,23 +39,28 @@ fn judge(table: Result<String, String>) -> Check {
         Ok(table) => table,
         Err(why) => return Check::unknown(NAME, format!("not seen: {why}"), "mount /proc"),
     };
-    let hit: Vec<String> =
-        table.lines().skip(1).filter_map(route).filter(Route::is_in_the_way).map(|r| r.to_string()).collect();
-    match hit.as_slice() {
-        [] => Check::ok(NAME, format!("none into {}/{} or {}/{}", SLOTS.0, SLOTS.1, GUESTS.0, GUESTS.1)),
-        hit => Check::warn(
+    let routes: Vec<Route> = table.lines().skip(1).filter_map(route).filter(Route::counts).collect();
+    let free =
+        SLOTS.map(|[a, b]| (Ipv4Addr::new(a, b, 0, 0), 16)).into_iter().find(|range| hits(&routes, *range).is_empty());
+    let around = hits(&routes, GUESTS);
+    match (free, around.as_slice()) {
+        (None, _) => Check::fail(
             NAME,
-            format!(
-                "{} overlap the VMs' addresses ({}/{}, {}/{})",
-                hit.join(", "),
-                SLOTS.0,
-                SLOTS.1,
-                GUESTS.0,
-                GUESTS.1
-            ),
-            "VMs will not reach that network, nor it them: move it to other addresses",
+            "every range for the VMs' addresses has a route already",
+            format!("free one of {} (see `ip route`)", SLOTS.map(|[a, b]| format!("{a}.{b}.0.0/16")).join(", ")),
+        ),
+        (Some((network, prefix)), []) => Check::ok(NAME, format!("{network}/{prefix} is free for the VMs' addresses")),
+        (Some(_), around) => Check::warn(
+            NAME,
+            format!("{} overlap what guests see around them, {}/{}", around.join(", "), GUESTS.0, GUESTS.1),
+            "VMs cannot reach hosts there: move that network to other addresses",
         ),
     }
+}
+
+/// The routes into `range`.
+fn hits(routes: &[Route], range: (Ipv4Addr, u32)) -> Vec<String> {
+    routes.iter().filter(|route| route.overlaps(range)).map(ToString::to_string).collect()
 }
 
 struct Route {
@@ -63,9 +70,9 @@ struct Route {
 }
 
 impl Route {
-    fn is_in_the_way(&self) -> bool {
-        // The default route, or a half of everything as some VPNs have it, is less specific than any of ours.
-        self.prefix >= 8 && !is_ours(&self.device) && [SLOTS, GUESTS].iter().any(|range| self.overlaps(*range))
+    /// The default route, or a half of everything as some VPNs have it, is less specific than any of ours.
+    fn counts(&self) -> bool {
+        self.prefix >= 8 && !is_ours(&self.device)
     }
 
     fn overlaps(&self, (network, prefix): (Ipv4Addr, u32)) -> bool {
@@ -113,15 +120,16 @@ mod tests {
         let lan = "eth0\t000200C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0";
         let own = "cp3f01-7\t0000C90A\t00000000\t0001\t0\t0\t0\tFEFFFFFF\t0\t0\t0";
         assert_eq!(look(&[default, lan, own]).level, Level::Ok);
+        // The next candidate is taken.
         let vpn = "tun0\t0000000A\t00000000\t0001\t0\t0\t0\t000000FF\t0\t0\t0";
-        assert_eq!(
-            look(&[vpn]).found,
-            "10.0.0.0/8 on tun0 overlap the VMs' addresses (10.201.0.0/16, 172.31.254.0/23)"
-        );
-        let docker = "br-1\t00001FAC\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0";
-        assert!(look(&[docker]).found.starts_with("172.31.0.0/16 on br-1"));
+        assert_eq!(look(&[vpn]), Check::ok("routes", "172.29.0.0/16 is free for the VMs' addresses"));
         let host = "wg0\t0702C90A\t00000000\t0001\t0\t0\t0\tFFFFFFFF\t0\t0\t0";
-        assert!(look(&[host]).found.starts_with("10.201.2.7/32 on wg0"));
+        assert_eq!(look(&[host]), Check::ok("routes", "10.202.0.0/16 is free for the VMs' addresses"));
+        let docker = "br-1\t00001FAC\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0";
+        assert!(look(&[docker]).found.starts_with("172.31.0.0/16 on br-1 overlap"));
+        let private = "eth1\t000010AC\t00000000\t0001\t0\t0\t0\t0000F0FF\t0\t0\t0";
+        let bench = "eth2\t000012C6\t00000000\t0001\t0\t0\t0\t0000FEFF\t0\t0\t0";
+        assert_eq!(look(&[vpn, private, bench]).level, Level::Fail);
         assert_eq!(judge(Err("no".into())).level, Level::Unknown);
     }
 

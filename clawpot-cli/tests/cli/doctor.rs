@@ -46,7 +46,7 @@ fn the_servers_probe_is_heard() {
     let checks = findings(&fake.run(&["doctor", "-o", "json"]));
     assert_eq!(checks[0]["found"], format!("version {}, VMs run on qemu 7.2.22", env!("CARGO_PKG_VERSION")));
     let kvm = checks[1]["found"].as_str().unwrap();
-    assert!(!kvm.contains("API 12") || kvm.contains("the server's probe: no /dev/kvm on this host"), "{kvm}");
+    assert!(!kvm.contains("API 12") || kvm.contains("the server says: no /dev/kvm on this host"), "{kvm}");
     let table = fake.run(&["doctor"]);
     assert!(table.out.starts_with("RESULT"), "{}", table.out);
 }

@@ -186,8 +186,9 @@ fn a_reader_who_pauses_stops_the_process_not_the_program() {
     println!("{peak}");
     // Signals still work: forwarded, then meant.
     kill(&child, Signal::INT);
-    std::thread::sleep(Duration::from_millis(100));
+    eventually("the first is forwarded", || exec.inner.lock().unwrap().signals == [2]);
     kill(&child, Signal::INT);
+    eventually("the second ends it", || exec.inner.lock().unwrap().hung_up);
     drop(child.stdout.take());
     assert_eq!(ended(child).code, Some(130));
 }
