@@ -15,7 +15,8 @@ use clawpot_types::{Error, Kind, Millis, Result};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use crate::{dial, exec};
+use crate::dial::{self, Connection};
+use crate::exec;
 
 /// One attempt at a hello, on a connection that is open.
 const HELLO: Duration = Duration::from_secs(2);
@@ -26,7 +27,7 @@ const MAX_TEXT: usize = 100;
 
 #[derive(Debug, Default)]
 pub struct AgentClient {
-    channels: Mutex<BTreeMap<MachineId, Channel>>,
+    connections: Mutex<BTreeMap<MachineId, Connection>>,
 }
 
 impl AgentClient {
@@ -35,17 +36,23 @@ impl AgentClient {
         Self::default()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<MachineId, Channel>> {
-        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<MachineId, Connection>> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The kept connection, or a new one.
     async fn channel(&self, id: &MachineId, endpoint: &GuestEndpoint) -> Result<Channel> {
-        if let Some(channel) = self.lock().get(id) {
-            return Ok(channel.clone());
+        if let Some(kept) = self.lock().get(id).filter(|kept| kept.is_open()) {
+            return Ok(kept.channel.clone());
         }
-        let channel = dial::dial(endpoint).await?;
-        Ok(self.lock().entry(id.clone()).or_insert(channel).clone())
+        let made = dial::dial(endpoint).await?;
+        // Two callers may have dialled at once: the first one's connection serves both.
+        let mut kept = self.lock();
+        let entry = kept.entry(id.clone()).or_insert_with(|| made.clone());
+        if !entry.is_open() {
+            *entry = made;
+        }
+        Ok(entry.channel.clone())
     }
 
     fn wire(channel: Channel) -> Wire<Channel> {

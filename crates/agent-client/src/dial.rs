@@ -1,5 +1,9 @@
 //! One connection to one machine's agent.
 
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use clawpot_common::{AGENT_PORT, CONNECTION_WINDOW, STREAM_WINDOW, connect};
@@ -7,7 +11,7 @@ use clawpot_core::ports::GuestEndpoint;
 use clawpot_host::{netns, unix};
 use clawpot_types::{Error, Kind, Result};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::{Channel, Endpoint};
 
 /// For a socket that is there the kernel answers at once; a guest that is not up yet answers nothing, and the next try should
@@ -23,14 +27,31 @@ const KEEP_ALIVE_FOR: Duration = Duration::from_secs(20);
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
+/// An HTTP/2 channel over one connection.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    pub channel: Channel,
+    /// Lives as long as the connection: hyper drops its stream when that has ended.
+    open: Weak<()>,
+}
+
+impl Connection {
+    /// Whether it had not ended by now.
+    pub fn is_open(&self) -> bool {
+        self.open.strong_count() > 0
+    }
+}
+
 /// `Unavailable`, `Timeout`: nobody listens there yet.
-pub async fn dial(endpoint: &GuestEndpoint) -> Result<Channel> {
-    let stream = TokioIo::new(stream(endpoint).await?);
+pub async fn dial(endpoint: &GuestEndpoint) -> Result<Connection> {
+    let alive = Arc::new(());
+    let open = Arc::downgrade(&alive);
+    let stream = TokioIo::new(Watched { stream: stream(endpoint).await?, _alive: alive });
     // Used up by the first call: a channel never connects a second time, it is dropped and dialled anew.
     let mut once = Some(stream);
     let connector = tower::service_fn(move |_| {
         let stream = once.take();
-        async move { stream.ok_or_else(|| std::io::Error::from(std::io::ErrorKind::NotConnected)) }
+        async move { stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)) }
     });
     let guest = Endpoint::from_static("http://guest.invalid")
         .initial_stream_window_size(STREAM_WINDOW)
@@ -38,9 +59,47 @@ pub async fn dial(endpoint: &GuestEndpoint) -> Result<Channel> {
         .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
         .keep_alive_timeout(KEEP_ALIVE_FOR);
     match tokio::time::timeout(HANDSHAKE, guest.connect_with_connector(connector)).await {
-        Ok(Ok(channel)) => Ok(channel),
+        Ok(Ok(channel)) => Ok(Connection { channel, open }),
         Ok(Err(error)) => Err(Error::new(Kind::Unavailable, "guest agent: opening HTTP/2").because(error)),
         Err(_) => Err(Error::new(Kind::Timeout, format!("guest agent: no HTTP/2 within {} s", HANDSHAKE.as_secs()))),
+    }
+}
+
+/// A stream that tells when it is dropped.
+struct Watched {
+    stream: Box<dyn Stream>,
+    _alive: Arc<()>,
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
