@@ -1,11 +1,12 @@
 //! Exec: waits for a VM on its way up, then relays frames. Nothing is buffered here beyond one frame.
 
 use std::sync::Arc;
+use std::task::Poll;
 
 use clawpot_core::exec::{ExecInput, ExecOutput, ExecStart};
 use clawpot_core::ports::BoxStream;
 use clawpot_core::request::{Answer, Request, answer};
-use clawpot_core::{Phase, VmRecord};
+use clawpot_core::{Desired, MachineId, Phase, VmRecord};
 use clawpot_types::{Error, Kind, Result, VmId};
 use futures_util::StreamExt as _;
 use tokio::sync::broadcast::error::RecvError;
@@ -29,14 +30,49 @@ impl Service {
             other => other,
         };
         let input = Box::pin(futures_util::stream::once(async { first }).chain(rest));
-        let mut output = self.deps.guest.exec(&link.machine, &link.endpoint, input).await?;
+        let mut over = Box::pin(self.machine_over(id, link.machine.clone()));
+        let mut output = tokio::select! {
+            biased;
+            output = self.deps.guest.exec(&link.machine, &link.endpoint, input) => output?,
+            error = &mut over => return Err(error),
+        };
+        let mut over = Some(over);
         Ok(Box::pin(futures_util::stream::poll_fn(move |cx| {
-            let next = output.poll_next_unpin(cx);
-            if let std::task::Poll::Ready(Some(Ok(ExecOutput::Exited(_) | ExecOutput::Failed { .. }))) = &next {
-                attachment.end();
+            let Some(ended) = &mut over else { return Poll::Ready(None) };
+            let next = match output.poll_next_unpin(cx) {
+                // A connection into a machine that is gone breaks only when keep-alive gives up, many seconds later.
+                Poll::Pending => ended.as_mut().poll(cx).map(|error| Some(Err(error))),
+                ready => ready,
+            };
+            match &next {
+                Poll::Ready(Some(Ok(ExecOutput::Exited(_) | ExecOutput::Failed { .. }))) => attachment.end(),
+                Poll::Ready(Some(Err(_))) => over = None,
+                _ => {}
             }
             next
         })))
+    }
+
+    /// Returns once no exec of this machine can say anything any more, and why.
+    fn machine_over(&self, id: VmId, machine: MachineId) -> impl Future<Output = Error> + Send + 'static {
+        let (records, mut changes) = (self.records.clone(), self.records.subscribe());
+        async move {
+            loop {
+                match known(&id, records.get(&id)) {
+                    Err(error) => return error,
+                    Ok((_, record)) if record.machine() != machine => {
+                        return Error::new(Kind::Unavailable, format!("VM {}: it was started anew", record.name));
+                    }
+                    Ok((_, record)) if matches!(record.phase, Phase::Failed | Phase::Stopped | Phase::Deleting) => {
+                        return denied(&record, &format!("it is {}", record.phase));
+                    }
+                    Ok(_) => {}
+                }
+                if let Err(RecvError::Closed) = changes.recv().await {
+                    return Error::new(Kind::Unavailable, "the server is going");
+                }
+            }
+        }
     }
 
     /// The VM's guest, once it answers. Waits while the VM is on its way to Running.
@@ -45,6 +81,7 @@ impl Service {
         loop {
             let (_, record) = known(id, self.records.get(id))?;
             match answer(Request::Exec, record.phase, record.desired) {
+                Answer::Deny(_) if started_again(&record) => {}
                 Answer::Deny(why) => return Err(denied(&record, why)),
                 Answer::Accept => {
                     let link = self.lives.link(id).filter(|link| link.machine == record.machine());
@@ -66,6 +103,12 @@ impl Service {
             }
         }
     }
+}
+
+/// It has failed, and its owner has asked for another start since; its runner is about to say so.
+fn started_again(record: &VmRecord) -> bool {
+    let older = record.failure.as_ref().is_some_and(|failure| failure.generation < record.generation);
+    record.phase == Phase::Failed && record.desired == Desired::Running && older
 }
 
 fn denied(record: &VmRecord, why: &str) -> Error {
