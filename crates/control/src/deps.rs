@@ -84,6 +84,8 @@ pub struct Settings {
     pub warm_slots: usize,
     /// How long a `request_id` is remembered, beyond the VM's deletion.
     pub request_memory: Duration,
+    /// How long what bears this instance's name and has no record is left alone after the server's start.
+    pub stray_grace: Duration,
 }
 
 impl Default for Settings {
@@ -97,6 +99,7 @@ impl Default for Settings {
             stop_grace: Millis(10_000),
             warm_slots: 4,
             request_memory: Duration::from_secs(24 * 3600),
+            stray_grace: Duration::from_secs(30),
         }
     }
 }

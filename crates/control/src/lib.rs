@@ -5,11 +5,13 @@
 //! - [`records`] the typed store and its projection in memory; publishes every change
 //! - [`live`] what only this daemon's memory knows of a VM: its endpoint, its clients
 //! - [`adopt`] at start: every record gets its runner, unreadable ones are shown and left alone
+//! - `keep` what has no owner goes, after a grace time
 //!
 //! Architecture Invariant: nothing here names a driver, reads a clock other than the port's, or iterates a hash map.
 
 pub mod adopt;
 pub mod deps;
+mod keep;
 pub mod live;
 pub mod records;
 pub mod runner;

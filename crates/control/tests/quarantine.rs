@@ -8,8 +8,12 @@ use std::time::Duration;
 
 use clawpot_control::Row;
 use clawpot_core::Phase;
-use clawpot_types::Kind;
+use clawpot_core::ports::{Op, StateStore as _, Txn};
+use clawpot_types::{Kind, VmId};
 use support::{House, refused, wanted};
+
+/// More than the settings' `stray_grace`.
+const GRACE: Duration = Duration::from_secs(35);
 
 #[tokio::test(start_paused = true)]
 async fn an_unreadable_record_is_quarantined_and_keeps_what_it_has() {
@@ -81,18 +85,44 @@ async fn a_newer_servers_record_stops_the_older_server() {
     assert_eq!(house.host.living().len(), 1);
 }
 
-/// A slot on the host that no record has: left of a pool, or of a crash.
+/// A slot on the host that no record has: left of a pool, or of a crash. Nobody gets it, and after the grace time it goes.
 #[tokio::test(start_paused = true)]
 async fn stray_slots_are_swept_and_others_are_not() {
     let mut house = House::new().await;
     let id = house.running("web").await;
-    let net = clawpot_testkit::FakeNet::new(&house.host);
-    clawpot_core::ports::Net::ensure(&net, clawpot_types::Slot(5)).await.unwrap();
-    house.restart().await;
-    tokio::time::sleep(Duration::from_secs(5)).await;
     let slot = house.record(&id).slot;
+    let net = clawpot_testkit::FakeNet::new(&house.host);
+    let stray = clawpot_types::Slot(slot.0 + 1);
+    clawpot_core::ports::Net::ensure(&net, stray).await.unwrap();
+    house.restart().await;
+    let next = house.create("next").await;
+    assert_ne!(house.record(&next).slot, stray);
+    house.delete(&next).await;
+    tokio::time::sleep(GRACE).await;
     let nets: Vec<String> = house.host.left_behind().into_iter().filter(|line| line.contains("netns")).collect();
     assert_eq!(nets, [format!("netns, tap and rules of slot {slot}")]);
     house.delete(&id).await;
     house.check_empty();
+}
+
+/// A machine without a record: the store is older than it. It is ended after the grace time, its disk is kept: what is on it
+/// may be all that is left of the VM.
+#[tokio::test(start_paused = true)]
+async fn stray_machines_end_after_the_grace_time() {
+    let mut house = House::new().await;
+    let id = house.running("lost").await;
+    let known = house.running("known").await;
+    let keys = [format!("vms/{id}"), "names/lost".to_owned(), format!("slots/{:05}", house.record(&id).slot.0)];
+    let ops = keys.into_iter().map(|key| Op::Delete { key }).collect();
+    house.store.txn(Txn { ops, ..Txn::default() }).await.unwrap();
+    house.restart().await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(house.host.living().len(), 2, "nothing is ended within the grace time");
+    tokio::time::sleep(GRACE).await;
+    let living: Vec<VmId> = house.host.living().into_iter().map(|machine| machine.vm).collect();
+    assert_eq!(living, std::slice::from_ref(&known));
+    house.delete(&known).await;
+    let left = house.host.left_behind();
+    assert!(left.iter().all(|line| line.contains("disk") || line.contains("console")), "{left:?}");
+    assert!(left.iter().any(|line| line.contains("disk")), "{left:?}");
 }

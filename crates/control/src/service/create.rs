@@ -66,7 +66,11 @@ impl Service {
                     self.warm().await;
                     return Ok((revision, Arc::new(record)));
                 }
-                TxnOutcome::Conflict { key, .. } => self.clash(&key, &request_key, &record, &body).await?,
+                // The same request, a moment earlier: what it made is published within microseconds.
+                TxnOutcome::Conflict { key, .. } if Some(&key) == request_key.as_ref() => {
+                    return self.same_moment(&key, &body).await;
+                }
+                TxnOutcome::Conflict { key, .. } => self.clash(&key, &record, &body)?,
             }
         }
         Err(Error::new(Kind::Conflict, "create: slots and names were taken by others again and again"))
@@ -109,12 +113,7 @@ impl Service {
     }
 
     /// `Ok`: try again with another draft.
-    async fn clash(&self, key: &str, request_key: &Option<String>, record: &VmRecord, body: &CreateVm) -> Result<()> {
-        if Some(key) == request_key.as_deref() {
-            // The same request, a moment earlier: its answer is found at the next turn.
-            return Err(Error::new(Kind::Conflict, "create: the same request is being accepted right now")
-                .hint("repeat it with the same request_id"));
-        }
+    fn clash(&self, key: &str, record: &VmRecord, body: &CreateVm) -> Result<()> {
         if key == name_key(&record.name) && body.name.is_some() {
             let owner = self
                 .records
@@ -125,6 +124,20 @@ impl Service {
         }
         tracing::debug!(key, slot = slot_key(record.slot), "create: taken, trying another");
         Ok(())
+    }
+
+    async fn same_moment(&self, key: &str, body: &CreateVm) -> Result<(Revision, Arc<VmRecord>)> {
+        for _ in 0..ATTEMPTS {
+            let earlier = self.records.store().get(key).await?;
+            match earlier.map(|earlier| self.repeated(&earlier.value, body)) {
+                Some(Err(error)) if error.kind() == Kind::NotFound => {}
+                Some(done) => return done,
+                None => {}
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        Err(Error::new(Kind::Conflict, "create: the same request is being accepted right now")
+            .hint("repeat it with the same request_id"))
     }
 
     fn repeated(&self, earlier: &[u8], body: &CreateVm) -> Result<(Revision, Arc<VmRecord>)> {

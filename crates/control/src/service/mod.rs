@@ -11,6 +11,7 @@ pub mod force;
 pub mod intent;
 pub mod read;
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use clawpot_core::VmRecord;
@@ -38,14 +39,20 @@ pub struct Service {
 struct Shared {
     /// Where the search for a free slot goes on.
     last_slot: Mutex<Option<Slot>>,
+    /// Slots of which something was left by nobody knows whom: given to no VM.
+    blocked: Mutex<BTreeSet<Slot>>,
     leaving: watch::Sender<bool>,
     runners: Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
 impl Service {
     pub(crate) fn new(deps: Deps, records: Arc<Records>) -> Self {
-        let shared =
-            Shared { last_slot: Mutex::new(None), leaving: watch::channel(false).0, runners: Mutex::new(Vec::new()) };
+        let shared = Shared {
+            last_slot: Mutex::new(None),
+            blocked: Mutex::default(),
+            leaving: watch::channel(false).0,
+            runners: Mutex::new(Vec::new()),
+        };
         Self { deps, records, lives: Arc::default(), shared: Arc::new(shared) }
     }
 
@@ -87,9 +94,38 @@ impl Service {
         }
     }
 
+    fn unavailable(&self) -> BTreeSet<Slot> {
+        let mut slots = self.records.slots_taken();
+        slots.extend(self.shared.blocked.lock().unwrap_or_else(PoisonError::into_inner).iter());
+        slots
+    }
+
+    pub(crate) fn block(&self, slots: &BTreeSet<Slot>) {
+        self.shared.blocked.lock().unwrap_or_else(PoisonError::into_inner).extend(slots);
+    }
+
+    pub(crate) fn unblock(&self, slot: Slot) {
+        self.shared.blocked.lock().unwrap_or_else(PoisonError::into_inner).remove(&slot);
+    }
+
+    /// Housekeeping ends with the runners.
+    pub(crate) fn keep_house(&self, strays: BTreeSet<Slot>) {
+        let mut leaving = self.shared.leaving.subscribe();
+        let keep = crate::keep::keep(self.clone(), strays);
+        let task = tokio::spawn(async move {
+            tokio::select! {
+                biased;
+                // The sender is gone only when the daemon is: both mean leave.
+                _ = leaving.wait_for(|leaving| *leaving) => {}
+                () = keep => {}
+            }
+        });
+        self.shared.runners.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+    }
+
     /// The next free slot; each call goes on from the last one's.
     fn next_slot(&self) -> Option<Slot> {
-        let taken = self.records.slots_taken();
+        let taken = self.unavailable();
         let mut last = self.shared.last_slot.lock().unwrap_or_else(PoisonError::into_inner);
         let slot = next_free(&taken, *last, self.deps.net.slots())?;
         *last = Some(slot);
@@ -98,7 +134,7 @@ impl Service {
 
     /// Lets the network prepare the slots that will be asked for next.
     pub(crate) async fn warm(&self) {
-        let mut taken = self.records.slots_taken();
+        let mut taken = self.unavailable();
         let mut last = *self.shared.last_slot.lock().unwrap_or_else(PoisonError::into_inner);
         let mut next = Vec::new();
         while next.len() < self.deps.settings.warm_slots {
