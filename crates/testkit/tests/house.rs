@@ -17,7 +17,11 @@ fn metadata() -> Value {
         reason = "a test asks cargo; it is no server that must account for its children"
     )]
     let mut cargo = std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    let output = cargo.args(["metadata", "--format-version", "1", "--offline"]).current_dir(root()).output().unwrap();
+    let output = cargo
+        .args(["metadata", "--format-version", "1", "--locked", "--filter-platform", "x86_64-unknown-linux-gnu"])
+        .current_dir(root())
+        .output()
+        .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).unwrap()
 }
