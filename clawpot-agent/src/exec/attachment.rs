@@ -73,7 +73,6 @@ impl Drop for Output {
         if self.exec.state().current(self.serial).is_some_and(|attachment| !attachment.exited_sent) {
             self.exec.detach(self.serial);
         }
-        self.exec.shared.forget_if_settled(&self.exec);
     }
 }
 
@@ -112,6 +111,7 @@ fn next(state: &mut State, serial: u64, exec: &Exec) -> Option<Result<Out, Statu
 
 /// The two streams take turns.
 fn next_data(output: &mut [super::ring::Ring; 2], attachment: &mut Attachment) -> Option<Out> {
+    let acks_by_taking = attachment.acks_by_taking();
     let order = if attachment.stderr_next { [Which::Stderr, Which::Stdout] } else { [Which::Stdout, Which::Stderr] };
     for which in order {
         let (ring, sent) = match which {
@@ -124,7 +124,7 @@ fn next_data(output: &mut [super::ring::Ring; 2], attachment: &mut Attachment) -
         }
         let frame = ExecData { offset: *sent, data };
         *sent += super::ring::wide(frame.data.len());
-        if attachment.input_ended {
+        if acks_by_taking {
             // Within what the ring holds: it was just read from it.
             ring.ack(*sent).unwrap_or_default();
         }
@@ -186,11 +186,14 @@ fn apply(exec: &Exec, serial: u64, frame: ExecInput) -> Result<(), ExecFailed> {
     }
 }
 
-/// The caller has closed its side: from now on it acknowledges by taking.
+/// The caller has closed its side.
 fn input_ended(exec: &Arc<Exec>, serial: u64) {
     let mut state = exec.state();
     let Some(attachment) = state.current(serial) else { return };
     attachment.input_ended = true;
+    if !attachment.acks_by_taking() {
+        return;
+    }
     let sent = attachment.sent;
     for (ring, sent) in state.output.iter_mut().zip(sent) {
         // No more than was sent, which is no more than there was.
@@ -198,5 +201,4 @@ fn input_ended(exec: &Arc<Exec>, serial: u64) {
     }
     drop(state);
     exec.wake_pumps();
-    exec.shared.forget_if_settled(exec);
 }

@@ -87,7 +87,9 @@ pub struct Attachment {
     pub exited_sent: bool,
     /// The caller broke the rules; told to it as the last frame.
     pub broken: Option<ExecFailed>,
-    /// The caller will send nothing more: what it takes counts as acknowledged.
+    /// The caller has acknowledged something.
+    pub acks: bool,
+    /// The caller will send nothing more.
     pub input_ended: bool,
     pub waker: Option<Waker>,
 }
@@ -96,6 +98,14 @@ pub struct Attachment {
 #[must_use]
 pub fn index(which: Which) -> usize {
     usize::from(which == Which::Stderr)
+}
+
+impl Attachment {
+    /// A caller that closes its side and has never acknowledged anything is a simple one: what it takes is acknowledged.
+    /// For any other the end of its side may be that of a relay which lost the caller.
+    pub fn acks_by_taking(&self) -> bool {
+        self.input_ended && !self.acks
+    }
 }
 
 impl State {
@@ -145,10 +155,9 @@ impl State {
         self.attachment.as_mut().filter(|attachment| attachment.serial == serial)
     }
 
-    /// All output has been acknowledged and the end was sent.
+    /// The caller has everything, as far as one can know.
     pub fn is_settled(&self) -> bool {
-        self.end.is_some()
-            && self.output.iter().all(Ring::is_empty)
+        self.output.iter().all(Ring::is_empty)
             && self.attachment.as_ref().is_some_and(|attachment| attachment.exited_sent && attachment.input_ended)
     }
 }
@@ -239,6 +248,7 @@ impl Exec {
             stderr_next: false,
             exited_sent: false,
             broken: None,
+            acks: false,
             input_ended: false,
             waker: None,
         });
@@ -263,7 +273,9 @@ impl Exec {
     /// The caller has this much.
     pub fn ack(&self, serial: u64, offsets: [u64; 2]) -> Result<(), ExecFailed> {
         let mut state = self.state();
-        let Some(sent) = state.current(serial).map(|attachment| attachment.sent) else { return Ok(()) };
+        let Some(attachment) = state.current(serial) else { return Ok(()) };
+        attachment.acks = true;
+        let sent = attachment.sent;
         for (which, (offset, sent)) in [Which::Stdout, Which::Stderr].into_iter().zip(offsets.into_iter().zip(sent)) {
             if offset > sent {
                 return Err(bad(format!("ack: {}: {offset}, but only {sent} was sent", which.as_str_name())));

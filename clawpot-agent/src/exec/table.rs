@@ -29,7 +29,7 @@ use crate::user::Users;
 
 /// Execs that run at once; more are refused.
 const MAX_RUNNING: usize = 1024;
-/// Ended ones that are kept for a caller who has not fetched everything; beyond that the oldest go.
+/// Ended ones that are kept for a caller who was lost; beyond that those go of which everything was fetched, then the oldest.
 const MAX_FINISHED: usize = 64;
 /// How long an ended one is kept.
 const KEEP: Duration = Duration::from_secs(600);
@@ -53,7 +53,7 @@ pub struct Shared {
 #[derive(Debug, Default)]
 struct Table {
     execs: BTreeMap<ExecId, Arc<Exec>>,
-    /// Ended, the oldest first; ids of some that were forgotten since.
+    /// Ended, the oldest first.
     finished: VecDeque<(ExecId, Instant)>,
     closing: bool,
 }
@@ -112,15 +112,8 @@ impl Shared {
     pub fn get(&self, id: &str) -> Result<Arc<Exec>, ExecFailed> {
         let id = exec_id(id)?;
         lock(&self.table).execs.get(&id).cloned().ok_or_else(|| {
-            failed(Reason::UnknownExec, format!("exec {id}: not known here; it may have ended and been fetched"))
+            failed(Reason::UnknownExec, format!("exec {id}: not known here; it ended long ago, or never began"))
         })
-    }
-
-    /// Forgets an exec of which the caller has everything.
-    pub fn forget_if_settled(&self, exec: &Arc<Exec>) {
-        if exec.state().is_settled() {
-            self.forget(&exec.id);
-        }
     }
 
     /// Refuses new execs from now on.
@@ -160,21 +153,14 @@ impl Shared {
     async fn finished(&self, exec: &Arc<Exec>) {
         {
             let mut table = lock(&self.table);
-            table.finished.push_back((exec.id.clone(), Instant::now()));
-            while table.finished.len() > MAX_FINISHED {
-                table.drop_oldest();
+            while table.finished.len() >= MAX_FINISHED || (self.budget.exhausted() && !table.finished.is_empty()) {
+                table.drop_one();
             }
+            table.finished.push_back((exec.id.clone(), Instant::now()));
         }
-        self.forget_if_settled(exec);
         // The caller's last frames come before our housekeeping.
         tokio::task::yield_now().await;
         self.cgroups.remove(&exec.cgroup);
-    }
-
-    fn forget(&self, id: &ExecId) {
-        let mut table = lock(&self.table);
-        table.execs.remove(id);
-        table.finished.retain(|(finished, _)| finished != id);
     }
 
     /// Drops what was kept long enough, and cgroups whose last process has gone.
@@ -182,17 +168,21 @@ impl Shared {
         self.cgroups.sweep();
         let mut table = lock(&self.table);
         while table.finished.front().is_some_and(|(_, since)| since.elapsed() >= KEEP) {
-            table.drop_oldest();
-        }
-        while self.budget.exhausted() && !table.finished.is_empty() {
-            table.drop_oldest();
+            table.drop_at(0);
         }
     }
 }
 
 impl Table {
-    fn drop_oldest(&mut self) {
-        if let Some((id, _)) = self.finished.pop_front() {
+    /// The oldest of which everything was fetched, or else the oldest.
+    fn drop_one(&mut self) {
+        let settled =
+            self.finished.iter().position(|(id, _)| self.execs.get(id).is_some_and(|exec| exec.state().is_settled()));
+        self.drop_at(settled.unwrap_or(0));
+    }
+
+    fn drop_at(&mut self, index: usize) {
+        if let Some((id, _)) = self.finished.remove(index) {
             self.execs.remove(&id);
         }
     }

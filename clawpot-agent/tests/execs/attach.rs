@@ -44,27 +44,66 @@ async fn a_lost_stream_is_taken_up_where_it_broke() {
 }
 
 #[tokio::test]
-async fn an_ended_exec_waits_until_everything_was_fetched() {
+async fn an_ended_exec_is_kept_for_a_lost_caller() {
     let Some(guest) = guest().await else { return };
     let asked = shell("echo kept; exit 9");
-    let id = asked.exec_id.clone();
     let mut first = guest.open(In::Start(asked.clone())).await;
     first.acks = false;
+    // One that acknowledges, and has nothing yet.
+    first.send(In::Ack(ExecAck::default())).await;
     while !matches!(first.next().await.unwrap().unwrap(), Out::Exited(_)) {}
     drop(first);
-    // Not acknowledged: there again, also for one who asks to start it.
-    let again = guest.open(In::Start(asked)).await.finish().await;
+    // There again, also for one who asks to start it.
+    let again = guest.open(In::Start(asked.clone())).await.finish().await;
     assert_eq!((again.text(), again.code()), ("kept\n".into(), Some(9)));
-    // Acknowledged and closed: forgotten.
-    for _ in 0..100 {
-        let run = guest.open(attach(&id, 5, 0)).await.finish().await;
-        if let Some(failed) = run.failed {
-            assert_eq!(failed.reason(), Reason::UnknownExec);
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    // Many others that were fetched wholly do not drive out one that was not.
+    let mut lost = guest.open(In::Start(shell("echo lost"))).await;
+    lost.acks = false;
+    lost.send(In::Ack(ExecAck::default())).await;
+    let lost_id = match lost.next().await.unwrap().unwrap() {
+        Out::Started(started) => started.exec_id,
+        other => panic!("{other:?}"),
+    };
+    drop(lost);
+    for _ in 0..70 {
+        assert_eq!(guest.run(shell("exit 0")).await.code(), Some(0));
     }
-    panic!("never forgotten");
+    assert_eq!(guest.open(attach(&lost_id, 0, 0)).await.finish().await.text(), "lost\n");
+    let gone = guest.open(attach(&asked.exec_id, 5, 0)).await.finish().await;
+    assert_eq!(gone.failed.unwrap().reason(), Reason::UnknownExec);
+}
+
+#[tokio::test]
+async fn a_relay_that_lost_its_caller_acknowledges_nothing() {
+    let Some(guest) = guest().await else { return };
+    let asked = shell("head -c 100000 /dev/zero; sleep 0.3; echo end");
+    let id = asked.exec_id.clone();
+    let mut first = guest.open(In::Start(asked)).await;
+    first.first_output().await;
+    let have = first.stdout;
+    first.acks = false;
+    // Its side ends in good order, and it still takes what comes; but its caller got none of that.
+    let Session { send, mut output, .. } = first;
+    drop(send);
+    while !matches!(output.message().await.unwrap().unwrap().frame, Some(Out::Exited(_))) {}
+    let rest = guest.open(attach(&id, have, 0)).await.finish().await;
+    assert_eq!(have + u64::try_from(rest.stdout.len()).unwrap(), 100_004);
+}
+
+#[tokio::test]
+async fn a_simple_caller_that_never_acknowledges_gets_everything() {
+    let Some(guest) = guest().await else { return };
+    let mut session = guest.open(In::Start(shell("head -c 3000000 /dev/zero"))).await;
+    session.acks = false;
+    let Session { send, mut output, .. } = session;
+    drop(send);
+    let mut got = 0;
+    while let Some(frame) = output.message().await.unwrap() {
+        if let Some(Out::Stdout(data)) = frame.frame {
+            got += data.data.len();
+        }
+    }
+    assert_eq!(got, 3_000_000);
 }
 
 #[tokio::test]
