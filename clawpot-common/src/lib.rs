@@ -1,11 +1,9 @@
-//! The letterbox: the generated protocol, the client's side of it, and the `CONNECT` handshake.
+//! The letterbox: the generated protocol and the client's side of it.
 //!
 //! - [`v1`] the public API, [`agent`] host ↔ guest; wire types stop at the doors of the crates that use them.
 //! - [`client`] reaches a server over its Unix socket.
-//! - [`connect`] the `CONNECT <port>\n` handshake of hybrid vsock.
 
 pub mod client;
-pub mod connect;
 
 /// The public API, `clawpot.v1`.
 #[allow(missing_debug_implementations, clippy::all, reason = "generated")]

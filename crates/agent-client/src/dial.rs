@@ -6,9 +6,9 @@ use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use clawpot_common::{AGENT_PORT, CONNECTION_WINDOW, STREAM_WINDOW, connect};
+use clawpot_common::{AGENT_PORT, CONNECTION_WINDOW, STREAM_WINDOW};
 use clawpot_core::ports::GuestEndpoint;
-use clawpot_host::{netns, unix};
+use clawpot_host::{connect, netns, unix};
 use clawpot_types::{Error, Kind, Result};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};

@@ -2,6 +2,7 @@
 //!
 //! - [`fs`] atomic replacement, clones, links, trees, free space
 //! - [`unix`] Unix sockets below a directory whose path may be longer than `sun_path`
+//! - [`connect`] the `CONNECT <port>` handshake that leads to a port of a guest
 //! - [`netns`] work done inside another network namespace, on threads that end there
 //! - [`tap`] the packets of a tap device, for a VMM
 //! - [`cgroup`] one named group per machine: its processes, their death, its limits
@@ -11,6 +12,7 @@
 //! Called by every driver and by the server; calls none of them. Blocking functions say so.
 
 pub mod cgroup;
+pub mod connect;
 pub mod fs;
 pub mod netns;
 pub mod process;

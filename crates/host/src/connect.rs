@@ -29,6 +29,11 @@ pub async fn accept<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<u32> {
         .ok_or_else(|| invalid(format!("expected \"CONNECT <port>\", got {:?}", String::from_utf8_lossy(&line))))
 }
 
+/// Tells the caller that it is connected; `host_port`: the number that its end of the connection has on the host's side.
+pub async fn confirm<S: AsyncWrite + Unpin>(stream: &mut S, host_port: u32) -> io::Result<()> {
+    stream.write_all(format!("OK {host_port}\n").as_bytes()).await
+}
+
 /// One line without its newline.
 async fn read_line<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<Vec<u8>> {
     let mut line = Vec::with_capacity(MAX_LINE);
@@ -76,6 +81,15 @@ mod tests {
         theirs.write_all(b"OK 1\nX").await.unwrap();
         connect(&mut ours, 5).await.unwrap();
         assert_eq!(ours.read_u8().await.unwrap(), b'X');
+    }
+
+    #[tokio::test]
+    async fn both_sides_understand_each_other() {
+        let (mut ours, mut theirs) = tokio::io::duplex(64);
+        let asked = tokio::spawn(async move { connect(&mut ours, 10051).await });
+        assert_eq!(accept(&mut theirs).await.unwrap(), 10051);
+        confirm(&mut theirs, 49152).await.unwrap();
+        asked.await.unwrap().unwrap();
     }
 
     #[tokio::test]
