@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::net::SocketAddrV4;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -95,6 +95,31 @@ pub async fn connect_tcp_in(netns: &Path, address: SocketAddrV4, timeout: Durati
     Ok(stream)
 }
 
+/// Returns once the other side has acknowledged everything that was written, an end included; at the latest after `limit`.
+/// Whoever closes a socket with zero linger earlier than that loses what is on its way.
+pub async fn acknowledged(stream: &TcpStream, limit: Duration) -> Result<()> {
+    let deadline = tokio::time::Instant::now() + limit;
+    let mut pause = Duration::from_millis(1);
+    while unacknowledged(stream).map_err(|error| Error::io("looking at a TCP socket's queue", error))? > 0 {
+        if tokio::time::Instant::now() >= deadline {
+            break;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// Bytes.
+fn unacknowledged(stream: &TcpStream) -> std::io::Result<i32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ, which is called TIOCOUTQ for terminals, writes one int to where it is told; the socket is open.
+    match unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) } {
+        0 => Ok(bytes),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
 /// The other side is not there yet, by any of the errnos that say so.
 fn connect_error(what: String, error: std::io::Error) -> Error {
     use std::io::ErrorKind as Io;
@@ -108,6 +133,8 @@ fn connect_error(what: String, error: std::io::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt;
+
     use super::*;
 
     const OWN: &str = "/proc/self/ns/net";
@@ -167,7 +194,19 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let std::net::SocketAddr::V4(address) = listener.local_addr().unwrap() else { panic!("not IPv4") };
         let second = Duration::from_secs(1);
-        connect_tcp_in(Path::new(OWN), address, second).await.unwrap();
+        let mut stream = connect_tcp_in(Path::new(OWN), address, second).await.unwrap();
+        let (mut other, _) = listener.accept().await.unwrap();
+        // More than the other side's kernel takes by itself.
+        let sent = tokio::time::timeout(second / 10, stream.write_all(&vec![7; 32 << 20])).await;
+        assert!(sent.is_err(), "the whole was taken");
+        let started = std::time::Instant::now();
+        acknowledged(&stream, second / 10).await.unwrap();
+        assert!(started.elapsed() >= second / 10);
+        let reading = tokio::spawn(async move { tokio::io::copy(&mut other, &mut tokio::io::sink()).await });
+        acknowledged(&stream, second * 10).await.unwrap();
+        assert_eq!(unacknowledged(&stream).unwrap(), 0);
+        drop(stream);
+        reading.await.unwrap().unwrap();
         drop(listener);
         let refused = connect_tcp_in(Path::new(OWN), address, second).await.unwrap_err();
         assert_eq!(refused.kind(), Kind::Unavailable);

@@ -3,12 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use clawpot_host::cgroup::{Cgroups, Limits};
-use clawpot_host::process::{Exit, Identity, Output, Proof, Rlimits, Spawn, Tool, User, ended};
+use clawpot_host::cgroup::{Cgroup, Cgroups, Limits};
+use clawpot_host::process::{Child, Exit, Identity, Output, Proof, Rlimits, Spawn, Tool, User, ended};
 use clawpot_types::Kind;
 
 fn is_root() -> bool {
@@ -29,7 +29,7 @@ fn shell(script: &str) -> Spawn {
 }
 
 /// A group of this test's own; its name dies with the test.
-fn group(test: &str) -> clawpot_host::cgroup::Cgroup {
+fn group(test: &str) -> Cgroup {
     let name = format!("clawpot-test-{}/{test}", std::process::id());
     Cgroups::find().unwrap().group(&name).unwrap()
 }
@@ -156,26 +156,90 @@ async fn a_cgroup_is_the_set_of_its_processes() {
     child.wait().await.unwrap();
 }
 
+/// Linux 6.18 kills whatever is born into a group that was killed once, even when nobody was in it then.
 #[tokio::test]
-async fn limits_hold_where_the_host_has_the_controller() {
+async fn a_killed_group_is_no_trap() {
     if !is_root() {
         return;
     }
-    let group = group("limits");
-    let limits = Limits { pids: Some(1), ..Limits::default() };
-    match group.create(&limits) {
-        Err(error) if error.kind() == Kind::Unsupported => {
-            eprintln!("SKIPPED: {}", error.chain());
-        }
-        made => {
-            made.unwrap();
-            // `sh` is the one process; its fork fails.
-            let child = shell("(:) || exit 3; exit 0").cgroup(&group).unwrap().spawn().unwrap();
-            assert_ne!(child.wait().await.unwrap(), Exit::Code(0));
-        }
+    let group = group("killed");
+    group.create(&Limits::default()).unwrap();
+    group.kill().unwrap();
+    // Not made anew: the child goes there by the slow door.
+    let child = shell("exec sleep 60").cgroup(&group).unwrap().spawn().unwrap();
+    let pids: Vec<_> = group.members().unwrap().iter().map(|member| member.pid).collect();
+    assert_eq!(pids, [child.pid()]);
+    // Someone lives in it: it stays the same group.
+    group.create(&Limits::default()).unwrap();
+    assert_eq!(group.members().unwrap().len(), 1);
+    group.kill().unwrap();
+    child.wait().await.unwrap();
+    group.empty().await.unwrap();
+
+    group.create(&Limits::default()).unwrap();
+    let started = Instant::now();
+    let child = shell("exec sleep 60").cgroup(&group).unwrap().spawn().unwrap();
+    eprintln!("born into a group made anew within {:?}", started.elapsed());
+    assert_eq!(group.members().unwrap().len(), 1);
+    group.kill().unwrap();
+    child.wait().await.unwrap();
+    group.remove().await.unwrap();
+}
+
+/// A child that does `script` once it is under the group's limits.
+fn confined(script: &str, group: &Cgroup) -> Child {
+    let (wait, go) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    let child = shell(&format!("read go; {script}")).stdin(wait).cgroup(group).unwrap().spawn().unwrap();
+    let started = Instant::now();
+    group.confine().unwrap();
+    let first = started.elapsed();
+    group.confine().unwrap();
+    eprintln!("confined within {first:?}, again within {:?}", started.elapsed() - first);
+    File::from(go).write_all(b"\n").unwrap();
+    child
+}
+
+#[tokio::test]
+async fn limits_hold_where_the_host_has_the_controllers() {
+    if !is_root() {
+        return;
     }
+    let hosts = Cgroups::find().unwrap();
+    let missing = hosts.missing().unwrap();
+    let has = |controller: &str| missing.iter().all(|missing| missing.controller != controller);
+    let group = group("limits");
+    let limits = Limits { memory: Some(64 << 20), pids: Some(1), cpu: Some(100) };
+    for missing in &missing {
+        eprintln!("SKIPPED: limit of {}: {}", missing.controller, missing.why);
+        assert_eq!(group.create(&limits).unwrap_err().kind(), Kind::Unsupported);
+    }
+    group.create(&limits.without(&missing)).unwrap();
+
+    // `sh` is the one process; its fork fails.
+    let exit = confined("(:); exit 0", &group).wait().await.unwrap();
+    assert_eq!(exit != Exit::Code(0), has("pids"), "{exit}");
+    // The group has run out of memory, the host has not. (With swap, it would go there.)
+    let swap = std::fs::read_to_string("/proc/swaps").unwrap().lines().count() > 1;
+    let exit = confined("exec dd if=/dev/zero of=/dev/null bs=128M count=1", &group).wait().await.unwrap();
+    assert_eq!(exit == Exit::Signal(9), has("memory") && !swap, "{exit}");
+    // A tenth of a CPU.
+    let child = confined("while :; do :; done", &group);
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.pid())).unwrap();
+    let ticks: u32 = stat.split(' ').nth(13).unwrap().parse().unwrap();
+    assert!(ticks < 30 || !has("cpu"), "{ticks} hundredths of a second of 80");
+    child.kill().unwrap();
+    child.wait().await.unwrap();
+
+    // What is left in one hierarchy only is found.
+    group.empty().await.unwrap();
+    std::fs::remove_dir(group.path()).unwrap();
+    assert_eq!(group.exists().unwrap(), hosts.is_hybrid());
+    let (parent, own) = group.name().rsplit_once('/').unwrap();
+    assert_eq!(hosts.list(parent).unwrap().contains(&own.to_owned()), hosts.is_hybrid());
     group.remove().await.unwrap();
     assert!(!group.exists().unwrap());
+    assert!(hosts.list(parent).unwrap().is_empty());
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use super::mounts::Cgroups;
 /// `None`: no limit is set, and no controller is needed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Of memory, bytes.
+    /// Of memory, bytes. The page cache of what its processes read and write counts too, and is given up under it.
     pub memory: Option<u64>,
     /// Processes and threads.
     pub pids: Option<u32>,
@@ -18,9 +18,32 @@ pub struct Limits {
     pub cpu: Option<u32>,
 }
 
+/// A controller that this host cannot limit by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Missing {
+    pub controller: &'static str,
+    pub why: &'static str,
+}
+
 /// Period of the CPU limit, microseconds: the kernel's default in both versions.
 const CPU_PERIOD_US: u64 = 100_000;
 
+impl Limits {
+    /// What is left of them on a host that lacks these controllers.
+    #[must_use]
+    pub fn without(mut self, missing: &[Missing]) -> Self {
+        for missing in missing {
+            match missing.controller {
+                "memory" => self.memory = None,
+                "pids" => self.pids = None,
+                _ => self.cpu = None,
+            }
+        }
+        self
+    }
+}
+
+/// `Unsupported`: a controller that is not there; `NotFound`: someone removed a group meanwhile.
 pub(super) fn apply(hosts: &Cgroups, name: &str, limits: &Limits) -> Result<()> {
     let quota = |thousandths: u32| u64::from(thousandths) * CPU_PERIOD_US / 1000;
     let wanted = [
@@ -50,22 +73,30 @@ impl Limit {
             std::fs::create_dir_all(&group).map_err(failed)?;
             return put(&group.join(self.v1_file), &self.value).map_err(failed);
         }
-        let offered = std::fs::read_to_string(hosts.root().join("cgroup.controllers")).map_err(failed)?;
-        if !offered.split_whitespace().any(|controller| controller == self.controller) {
-            let what = format!("setting {}: this host has no cgroup controller {}", self.v2_file, self.controller);
-            return Err(Error::new(Kind::Unsupported, what));
+        if let Some(Missing { why, .. }) = hosts.lacks(self.controller).map_err(failed)? {
+            return Err(Error::new(Kind::Unsupported, format!("setting {}: {why}", self.v2_file)));
         }
         // A controller reaches a group when every group above hands it down.
         let mut above = hosts.root().to_owned();
         for part in name.split('/') {
-            put(&above.join("cgroup.subtree_control"), &format!("+{}", self.controller)).map_err(failed)?;
+            hand_down(&above.join("cgroup.subtree_control"), self.controller).map_err(failed)?;
             above.push(part);
         }
         put(&above.join(self.v2_file), &self.value).map_err(failed)
     }
 }
 
+/// Only where it is not: the first time the kernel goes through every group below.
+fn hand_down(path: &Path, controller: &str) -> io::Result<()> {
+    if names(path, controller)? { Ok(()) } else { put(path, &format!("+{controller}")) }
+}
+
+/// Whether a file that lists controllers has this one.
+pub(super) fn names(path: &Path, controller: &str) -> io::Result<bool> {
+    Ok(std::fs::read_to_string(path)?.split_whitespace().any(|name| name == controller))
+}
+
 /// The kernel's files take one write as one command.
-fn put(path: &Path, value: &str) -> io::Result<()> {
+pub(super) fn put(path: &Path, value: &str) -> io::Result<()> {
     io::Write::write_all(&mut std::fs::OpenOptions::new().write(true).open(path)?, value.as_bytes())
 }

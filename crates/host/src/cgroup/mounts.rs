@@ -1,10 +1,12 @@
 //! Where this host keeps its hierarchies.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use clawpot_types::{Error, Kind, Result};
 
+use super::limits::{Missing, names};
 use super::{Cgroup, is_gone};
 
 /// The hierarchies of this host, as `/proc/self/mountinfo` tells them.
@@ -18,7 +20,7 @@ pub struct Cgroups {
 }
 
 /// Controllers that a machine can be limited by.
-pub(super) const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
+const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 
 impl Cgroups {
     /// `FailedPrecondition`: no version-2 hierarchy is mounted.
@@ -88,37 +90,72 @@ impl Cgroups {
         })
     }
 
-    /// Names of the groups right below `parent`, sorted; none when there is no `parent`.
+    /// Names of the groups right below `parent` in any hierarchy, sorted; none when there is no `parent`.
     pub fn list(&self, parent: &str) -> Result<Vec<String>> {
         let what = || format!("listing the cgroups in {parent}");
-        let entries = match std::fs::read_dir(self.v2.join(parent)) {
-            Ok(entries) => entries,
-            Err(error) if is_gone(&error) => return Ok(Vec::new()),
-            Err(error) => return Err(Error::io(what(), error)),
-        };
-        let mut names = Vec::new();
-        for entry in entries {
-            let entry = entry.map_err(|error| Error::io(what(), error))?;
-            if entry.file_type().map_err(|error| Error::io(what(), error))?.is_dir() {
-                names.push(entry.file_name().into_string().map_err(|name| {
-                    Error::io(format!("{}: {name:?}", what()), io::Error::from(io::ErrorKind::InvalidData))
-                })?);
+        let mut found = BTreeSet::new();
+        for root in self.roots() {
+            let entries = match std::fs::read_dir(root.join(parent)) {
+                Ok(entries) => entries,
+                Err(error) if is_gone(&error) => continue,
+                Err(error) => return Err(Error::io(what(), error)),
+            };
+            for entry in entries {
+                let entry = entry.map_err(|error| Error::io(what(), error))?;
+                if entry.file_type().map_err(|error| Error::io(what(), error))?.is_dir() {
+                    found.insert(entry.file_name().into_string().map_err(|name| {
+                        Error::io(format!("{}: {name:?}", what()), io::Error::from(io::ErrorKind::InvalidData))
+                    })?);
+                }
             }
         }
-        names.sort();
-        Ok(names)
+        Ok(found.into_iter().collect())
+    }
+
+    /// The controllers of [`super::Limits`] that this host cannot limit by. Changes nothing.
+    pub fn missing(&self) -> Result<Vec<Missing>> {
+        let mut missing = Vec::new();
+        for controller in CONTROLLERS {
+            let lacks = self.lacks(controller);
+            missing.extend(lacks.map_err(|error| Error::io("looking for the cgroup controllers", error))?);
+        }
+        Ok(missing)
+    }
+
+    pub(super) fn lacks(&self, controller: &'static str) -> io::Result<Option<Missing>> {
+        if self.v1.iter().any(|(name, _)| name == controller) {
+            return Ok(None);
+        }
+        let because = |why| Ok(Some(Missing { controller, why }));
+        if !names(&self.v2.join("cgroup.controllers"), controller)? {
+            return because("this host has no such cgroup controller");
+        }
+        // Only the hierarchy's own root, which has no type, may have processes and hand controllers down.
+        let handed_down = names(&self.v2.join("cgroup.subtree_control"), controller)?;
+        if handed_down || !self.v2.join("cgroup.type").try_exists()? {
+            return Ok(None);
+        }
+        match std::fs::read_to_string(self.v2.join("cgroup.procs"))?.is_empty() {
+            true => Ok(None),
+            false => because("processes live in the root of this container's cgroups, so none below has controllers"),
+        }
     }
 
     pub(super) fn v1(&self) -> &[(String, PathBuf)] {
         &self.v1
     }
 
-    pub(super) fn v1_paths<'a>(&'a self, name: &'a str) -> impl Iterator<Item = PathBuf> + 'a {
-        self.v1.iter().map(move |(_, mount)| mount.join(name))
+    /// One hierarchy may hold several controllers.
+    fn v1_roots(&self) -> BTreeSet<&Path> {
+        self.v1.iter().map(|(_, mount)| mount.as_path()).collect()
+    }
+
+    pub(super) fn v1_paths(&self, name: &str) -> Vec<PathBuf> {
+        self.v1_roots().into_iter().map(|mount| mount.join(name)).collect()
     }
 
     pub(super) fn roots(&self) -> impl Iterator<Item = &Path> {
-        self.v1.iter().map(|(_, mount)| mount.as_path()).chain([self.v2.as_path()])
+        self.v1_roots().into_iter().chain([self.v2.as_path()])
     }
 }
 
@@ -129,7 +166,7 @@ mod tests {
     const PURE: &str = "29 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
     const HYBRID: &str = "\
         30 23 0:27 / /sys/fs/cgroup rw - tmpfs cgroup rw,mode=755\n\
-        31 30 0:28 / /sys/fs/cgroup/cpu,cpuacct rw shared:5 - cgroup cgroup rw,cpu,cpuacct\n\
+        31 30 0:28 / /sys/fs/cgroup/cpu,pids rw shared:5 - cgroup cgroup rw,cpu,cpuacct,pids\n\
         32 30 0:29 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
         33 30 0:30 / /sys/fs/cgroup/devices rw - cgroup cgroup rw,devices\n\
         34 30 0:31 /pod /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
@@ -146,14 +183,40 @@ mod tests {
         assert_eq!(
             hybrid.v1(),
             [
-                ("cpu".to_owned(), PathBuf::from("/sys/fs/cgroup/cpu,cpuacct")),
+                ("cpu".to_owned(), PathBuf::from("/sys/fs/cgroup/cpu,pids")),
+                ("pids".to_owned(), PathBuf::from("/sys/fs/cgroup/cpu,pids")),
                 ("memory".to_owned(), PathBuf::from("/sys/fs/cgroup/memory")),
             ]
         );
         assert_eq!(hybrid.group("a").unwrap().seen_as, "/pod/a");
+        let twice = ["/sys/fs/cgroup/cpu,pids/a", "/sys/fs/cgroup/memory/a"].map(PathBuf::from);
+        assert_eq!(hybrid.v1_paths("a"), twice, "each hierarchy once");
 
         let none = Cgroups::parse("30 23 0:27 / /tmp rw - tmpfs tmpfs rw\n").unwrap_err();
         assert!(none.next_step().unwrap().contains("mount -t cgroup2"));
+    }
+
+    #[test]
+    fn what_a_host_cannot_limit_by_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            crate::fs::replace_unsynced(&dir.path().join(name), text.as_bytes(), 0o600).unwrap()
+        };
+        write("cgroup.controllers", "cpuset cpu memory\n");
+        write("cgroup.subtree_control", "\n");
+        let line = format!("29 23 0:26 / {} rw - cgroup2 cgroup2 rw\n", dir.path().display());
+        let hosts = Cgroups::parse(&line).unwrap();
+        let missing = || hosts.missing().unwrap().iter().map(|missing| missing.controller).collect::<Vec<_>>();
+        assert_eq!(missing(), ["pids"]);
+        // A container: its root is a group like any other.
+        write("cgroup.type", "domain\n");
+        write("cgroup.procs", "1\n17\n");
+        assert_eq!(missing(), ["memory", "pids", "cpu"]);
+        write("cgroup.subtree_control", "cpu\n");
+        assert_eq!(missing(), ["memory", "pids"]);
+        let limits = super::super::Limits { memory: Some(1), pids: Some(2), cpu: Some(3) };
+        let left = super::super::Limits { cpu: Some(3), ..super::super::Limits::default() };
+        assert_eq!(limits.without(&hosts.missing().unwrap()), left);
     }
 
     #[test]

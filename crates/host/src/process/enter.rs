@@ -24,8 +24,10 @@ pub(super) struct Plan<'a> {
     pub argv: &'a [CString],
     pub argv_pointers: Vec<*const c_char>,
     pub env_pointers: Vec<*const c_char>,
+    /// The group to be born into.
     pub cgroup: Option<RawFd>,
-    pub v1_procs: Vec<RawFd>,
+    /// `cgroup.procs` of the group to go to once born: slow, see [`crate::cgroup::Entry`].
+    pub cgroup_procs: Option<RawFd>,
     pub netns: Option<RawFd>,
     pub cwd: Option<RawFd>,
     pub user: Option<User>,
@@ -33,6 +35,8 @@ pub(super) struct Plan<'a> {
     pub no_new_privs: bool,
     /// Which descriptor goes to which number.
     pub fds: Vec<(RawFd, RawFd)>,
+    /// Set by the child as the first thing it does.
+    pub born: bool,
     /// Written by the child when it cannot go on: the step and its errno.
     pub failed: Option<(Step, i32)>,
 }
@@ -56,7 +60,7 @@ impl Step {
     pub(super) const fn doing(self) -> &'static str {
         match self {
             Self::Session => "starting a session",
-            Self::Cgroup => "entering its version 1 cgroups",
+            Self::Cgroup => "entering its cgroup",
             Self::Netns => "entering its network namespace",
             Self::Limits => "setting its resource limits",
             Self::Directory => "entering its directory",
@@ -72,7 +76,8 @@ impl Step {
 /// Stack of the child, bytes: its deepest call is three frames down.
 const STACK: usize = 64 << 10;
 
-/// Forks straight into the plan's cgroup. Returns when the child runs its program or has failed to: see [`Plan::failed`].
+/// Forks straight into the plan's cgroup. Returns when the child runs its program or has failed to: see [`Plan::failed`]
+/// and [`Plan::born`].
 pub(super) fn fork(plan: &mut Plan<'_>) -> io::Result<(Pid, OwnedFd)> {
     let mut pidfd: c_int = -1;
     let mut stack: Vec<u128> = vec![0; STACK / size_of::<u128>()];
@@ -162,6 +167,7 @@ fn restore_signals(before: &libc::sigset_t) {
 
 /// The child, from here to its end.
 extern "C" fn run(plan: &mut Plan<'_>) -> ! {
+    plan.born = true;
     match become_program(plan) {
         Ok(never) => match never {},
         Err(failed) => plan.failed = Some(failed),
@@ -178,8 +184,8 @@ type Done<T = ()> = Result<T, (Step, i32)>;
 fn become_program(plan: &mut Plan<'_>) -> Done<Never> {
     call(Step::Session, libc::SYS_setsid, [0; 5])?;
     call(Step::Session, libc::SYS_umask, [0o077, 0, 0, 0, 0])?;
-    for procs in &plan.v1_procs {
-        call(Step::Cgroup, libc::SYS_write, [long(*procs), pointer(b"0".as_ptr()), 1, 0, 0])?;
+    if let Some(procs) = plan.cgroup_procs {
+        call(Step::Cgroup, libc::SYS_write, [long(procs), pointer(b"0".as_ptr()), 1, 0, 0])?;
     }
     if let Some(netns) = plan.netns {
         call(Step::Netns, libc::SYS_setns, [long(netns), long(libc::CLONE_NEWNET), 0, 0, 0])?;

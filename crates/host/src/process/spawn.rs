@@ -161,50 +161,73 @@ impl Spawn {
     /// time of fork and exec, some tenths of a millisecond.
     pub fn spawn(self) -> Result<Child> {
         let what = format!("starting {}", self.program.display());
-        let null = open_null().map_err(|error| error.context(what.clone()))?;
-        let argv = strings(std::iter::once(self.program.as_os_str()).chain(self.args.iter().map(OsString::as_os_str)))
-            .map_err(|error| error.context(what.clone()))?;
+        self.start().map_err(|error| error.context(what))
+    }
+
+    fn start(&self) -> Result<Child> {
+        let null = open_null()?;
+        let argv = strings(std::iter::once(self.program.as_os_str()).chain(self.args.iter().map(OsString::as_os_str)))?;
         let env: Vec<OsString> = self.env.iter().map(|(name, value)| variable(name, value)).collect();
-        let env = strings(env.iter().map(OsString::as_os_str)).map_err(|error| error.context(what.clone()))?;
-        let cwd = self.cwd.as_deref().map(open_dir).transpose().map_err(|error| error.context(what.clone()))?;
-        let mut fds = vec![
-            (self.stdin.as_ref().unwrap_or(&null).as_raw_fd(), 0),
-            (output_fd(&self.stdout, &null), 1),
-            (output_fd(&self.stderr, &null), 2),
-        ];
-        fds.extend(self.fds.iter().map(|(fd, at)| (fd.as_raw_fd(), *at)));
-        if let Some((_, at)) = self.fds.iter().find(|(_, at)| *at < 3 || *at >= enter::HIGH_FD) {
-            return Err(Error::new(Kind::Internal, format!("{what}: descriptor number {at} cannot be asked for")));
-        }
+        let env = strings(env.iter().map(OsString::as_os_str))?;
+        let cwd = self.cwd.as_deref().map(open_dir).transpose()?;
         let mut plan = Plan {
             argv: &argv,
             argv_pointers: pointers(&argv),
             env_pointers: pointers(&env),
             cgroup: self.cgroup.as_ref().map(|entry| entry.dir.as_raw_fd()),
-            v1_procs: self.cgroup.iter().flat_map(|entry| &entry.v1).map(AsRawFd::as_raw_fd).collect(),
+            cgroup_procs: None,
             netns: self.netns.as_ref().map(AsRawFd::as_raw_fd),
             cwd: cwd.as_ref().map(AsRawFd::as_raw_fd),
             user: self.user,
             rlimits: self.rlimits,
             no_new_privs: self.no_new_privs,
-            fds,
+            fds: self.descriptors(&null)?,
+            born: false,
             failed: None,
         };
-        let (pid, pidfd) = enter::fork(&mut plan).map_err(|error| Error::io(format!("{what}: forking"), error))?;
-        let child = Child::new(pid, pidfd);
-        match plan.failed {
-            None => Ok(child),
-            Some((step, errno)) => {
-                if let Err(error) = child.reap() {
-                    tracing::warn!(
-                        pid = child.pid(),
-                        error = error.chain(),
-                        "a child that failed to start is not reaped"
-                    );
-                }
-                Err(Error::io(format!("{what}: {}", step.doing()), std::io::Error::from_raw_os_error(errno)))
-            }
+        match fork(&mut plan)? {
+            Some(child) => Ok(child),
+            None => self.start_slowly(plan),
         }
+    }
+
+    /// The child was dead before its first instruction. So does Linux (6.18 seen) when either this process's group or the
+    /// one to be born into was once killed by `cgroup.kill` and the other was not; going there after birth is no trouble.
+    fn start_slowly(&self, mut plan: Plan<'_>) -> Result<Child> {
+        let procs = self.cgroup.as_ref().map(Entry::procs).transpose()?;
+        (plan.cgroup, plan.cgroup_procs) = (None, procs.as_ref().map(AsRawFd::as_raw_fd));
+        let killed = || Error::new(Kind::Unavailable, "it was killed before its first instruction");
+        fork(&mut plan)?.ok_or_else(killed)
+    }
+
+    /// Which descriptor goes to which number.
+    fn descriptors(&self, null: &OwnedFd) -> Result<Vec<(RawFd, RawFd)>> {
+        if let Some((_, at)) = self.fds.iter().find(|(_, at)| *at < 3 || *at >= enter::HIGH_FD) {
+            return Err(Error::new(Kind::Internal, format!("descriptor number {at} cannot be asked for")));
+        }
+        let mut fds = vec![
+            (self.stdin.as_ref().unwrap_or(null).as_raw_fd(), 0),
+            (output_fd(&self.stdout, null), 1),
+            (output_fd(&self.stderr, null), 2),
+        ];
+        fds.extend(self.fds.iter().map(|(fd, at)| (fd.as_raw_fd(), *at)));
+        Ok(fds)
+    }
+}
+
+/// `None`: it was killed before its first instruction.
+fn fork(plan: &mut Plan<'_>) -> Result<Option<Child>> {
+    let (pid, pidfd) = enter::fork(plan).map_err(|error| Error::io("forking", error))?;
+    let child = Child::new(pid, pidfd);
+    if plan.born && plan.failed.is_none() {
+        return Ok(Some(child));
+    }
+    if let Err(error) = child.reap() {
+        tracing::warn!(pid = child.pid(), error = error.chain(), "a child that failed to start is not reaped");
+    }
+    match plan.failed {
+        Some((step, errno)) => Err(Error::io(step.doing(), std::io::Error::from_raw_os_error(errno))),
+        None => Ok(None),
     }
 }
 
