@@ -12,7 +12,8 @@ LONG = "a" * 300
 
 
 @pytest.fixture(autouse=True)
-def nothing_changes(server: Server) -> Iterator[None]:
+def nothing_changes(server: Server, vm: str) -> Iterator[None]:
+    assert vm == "web"
     before = [(vm["id"], vm["generation"]) for vm in server.cli.ls()]
     yield
     assert [(vm["id"], vm["generation"]) for vm in server.cli.ls()] == before
@@ -97,7 +98,7 @@ def test_through_the_api(server: Server, fields: dict[str, object], said: str) -
     [
         ([], "start"),
         ([{"stdin": {"data": b"x"}}], "start"),
-        ([{"start": {"vm": "web", "exec_id": "short", "argv": [b"true"]}}], "exec_id"),
+        ([{"start": {"vm": "web", "exec_id": "short", "argv": [b"true"]}}], "exec id"),
         ([{"start": {"vm": "web", "exec_id": "a" * 16, "argv": []}}], "argv"),
         ([{"start": {"vm": "nosuch", "exec_id": "a" * 16, "argv": [b"true"]}}], "nosuch"),
     ],

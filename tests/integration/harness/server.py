@@ -29,7 +29,8 @@ class Server:
         self.state_dir = state_dir
         self.options = list(options)
         self.image_dir = image_dir
-        state_dir.mkdir(parents=True, exist_ok=True)
+        # The directory itself is the server's to make.
+        state_dir.parent.mkdir(parents=True, exist_ok=True)
         self.socket = state_dir / "api.sock"
         self.metrics_socket = state_dir / "metrics.sock"
         if len(str(self.metrics_socket)) > LONGEST_SOCKET:
@@ -163,6 +164,8 @@ class Server:
         left = []
         for name in traces.netns_names():
             run("ip", "netns", "del", name, check=False)
+            # What was mounted in a namespace of mounts that is gone leaves its name.
+            Path("/run/netns", name).unlink(missing_ok=True)
         for name in traces.links():
             run("ip", "-n", self.world.host, "link", "del", name, check=False)
         for path in sorted(traces.cgroups(), key=lambda path: -len(path.parts)):
