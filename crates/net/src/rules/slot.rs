@@ -4,7 +4,7 @@
 use std::net::Ipv4Addr;
 
 use clawpot_types::guest::{
-    AGENT_PORT, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, MANAGEMENT_ADDRESS, MANAGEMENT_HOST_ADDRESS,
+    GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, MANAGEMENT_ADDRESS, MANAGEMENT_HOST_ADDRESS,
     MANAGEMENT_HOST_MAC, MANAGEMENT_MAC, MANAGEMENT_TAP, TAP, mac_text,
 };
 
@@ -69,7 +69,7 @@ fn guard(table: &mut Table<'_>) {
                 Step::Is(ether("daddr"), mac(MANAGEMENT_HOST_MAC)),
                 Step::Is(ip("saddr"), MANAGEMENT_ADDRESS.into()),
                 Step::Is(ip("daddr"), MANAGEMENT_HOST_ADDRESS.into()),
-                Step::Is(Expr::Field("tcp", "sport"), AGENT_PORT.into()),
+                tcp(),
                 Step::Accept,
             ],
         )
@@ -181,7 +181,7 @@ fn forward(table: &mut Table<'_>, block: &Block) {
         .counted("forward", "forward", &[Step::Drop]);
 }
 
-/// Nobody opens a socket in here, a captured VMM least of all; only root dials the agent.
+/// Nobody opens a socket in here, a captured VMM least of all; only root dials the guest, at whatever port listens there.
 fn output(table: &mut Table<'_>) {
     let errors = Expr::AnyOf(["destination-unreachable", "time-exceeded"].map(Expr::text).into());
     table
@@ -194,7 +194,7 @@ fn output(table: &mut Table<'_>) {
                 to(MANAGEMENT_TAP),
                 Step::Is(Expr::Meta("skuid"), Expr::Number(0)),
                 Step::Is(ip("daddr"), MANAGEMENT_ADDRESS.into()),
-                Step::Is(Expr::Field("tcp", "dport"), AGENT_PORT.into()),
+                tcp(),
                 Step::Accept,
             ],
         );
@@ -202,6 +202,10 @@ fn output(table: &mut Table<'_>) {
 
 fn established() -> Step {
     Step::Is(Expr::Ct("state"), Expr::AnyOf(["established", "related"].map(Expr::text).into()))
+}
+
+fn tcp() -> Step {
+    Step::Is(Expr::Meta("l4proto"), Expr::text("tcp"))
 }
 
 fn tcp_or_udp() -> Step {
