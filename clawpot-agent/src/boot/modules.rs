@@ -43,6 +43,15 @@ pub fn load_late(name: &str) {
     }
 }
 
+/// Gives back the memory of the files, which nobody can reach once the root is another.
+pub fn drop_files() {
+    if let Err(error) = std::fs::remove_dir_all(DIRECTORY)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        say(format_args!("removing {DIRECTORY}: {error}"));
+    }
+}
+
 fn is_needed(name: &str, transport: Transport, on_pci: bool) -> bool {
     if name.is_empty() || name == "erofs.ko" {
         // erofs is loaded when the image is one.

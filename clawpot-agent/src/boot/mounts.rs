@@ -40,6 +40,7 @@ pub fn root_file_system() -> Result<(OwnedFd, Fresh), BootError> {
     if format == "erofs" {
         modules::load_late("erofs.ko");
     }
+    modules::drop_files();
     put(IMAGE_DEVICE, IMAGE, format, MountFlags::RDONLY, c"")?;
     // Tables of a fresh disk are not written in the background: the host's file stays as small as what is in it.
     put(DISK_DEVICE, DISK, "ext4", MountFlags::empty(), c"noinit_itable")?;

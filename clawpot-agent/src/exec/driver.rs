@@ -68,6 +68,8 @@ pub async fn drive(exec: &Arc<Exec>, pipes: Pipes, mut exit: oneshot::Receiver<E
         timeout(DRAIN, pumps).await.unwrap_or_default();
     }
     finish(exec, exit.ok(), timed_out);
+    // The caller's last frames leave before the pipes are closed and the cgroup is removed.
+    tokio::task::yield_now().await;
 }
 
 async fn expired(deadline: Option<Instant>) {
