@@ -63,10 +63,17 @@ impl Resolver {
         }
         self.end().await.map_err(|error| error.context(what()))?;
         let keeper = self.clone();
-        tokio::task::spawn_blocking(move || keeper.start())
+        let started = tokio::task::spawn_blocking(move || keeper.start())
             .await
-            .unwrap_or_else(|error| Err(Error::new(Kind::Internal, "starting it").because(error)))
-            .map_err(|error| error.context(what()))?;
+            .unwrap_or_else(|error| Err(Error::new(Kind::Internal, "starting it").because(error)));
+        if let Err(error) = started {
+            let error = error.context(what());
+            // An empty group of its own is all that may be there.
+            return match self.end().await {
+                Ok(()) => Err(error),
+                Err(left) => Err(error.and_cleanup(left)),
+            };
+        }
         Ok(Kept::Started)
     }
 

@@ -52,6 +52,23 @@ async fn a_child_has_what_was_named_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn a_program_may_lie_where_its_user_cannot_go() {
+    if !is_root() {
+        return;
+    }
+    // As in a home directory of mode 0700, which is what Debian gives to everyone.
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("sleep");
+    let mut copy = File::create(&program).unwrap();
+    std::io::copy(&mut File::open("/bin/sleep").unwrap(), &mut copy).unwrap();
+    copy.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    drop(copy);
+    let user = User { uid: 1_899_999_999, gid: 1_899_999_999 };
+    let child = Spawn::new(&program).args(["0"]).cwd("/").user(user).spawn().unwrap();
+    assert_eq!(child.wait().await.unwrap(), Exit::Code(0));
+}
+
+#[tokio::test]
 async fn descriptors_change_places_without_loss() {
     let (mut one, one_write) = pipe();
     let (mut two, two_write) = pipe();

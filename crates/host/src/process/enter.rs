@@ -21,6 +21,8 @@ pub(super) const HIGH_FD: RawFd = 256;
 
 /// All that the child needs, made before the fork.
 pub(super) struct Plan<'a> {
+    /// The program, opened by the daemon: its directory may be one that the child's user cannot enter.
+    pub program: RawFd,
     pub argv: &'a [CString],
     pub argv_pointers: Vec<*const c_char>,
     pub env_pointers: Vec<*const c_char>,
@@ -203,9 +205,16 @@ fn become_program(plan: &mut Plan<'_>) -> Done<Never> {
     }
     default_signals()?;
     let program = plan.argv.first().map_or(std::ptr::null(), |program| program.as_ptr());
-    let pointers = [pointer(program), pointer(plan.argv_pointers.as_ptr()), pointer(plan.env_pointers.as_ptr()), 0, 0];
-    call(Step::Exec, libc::SYS_execve, pointers)?;
-    // execve does not return 0.
+    let (argv, env) = (pointer(plan.argv_pointers.as_ptr()), pointer(plan.env_pointers.as_ptr()));
+    match call(Step::Exec, libc::SYS_execve, [pointer(program), argv, env, 0, 0]) {
+        // Only then, as a program that is executed by descriptor bears its number for a name in `ps`.
+        Err((_, libc::EACCES)) => {}
+        Err(failed) => return Err(failed),
+        // execve does not return 0.
+        Ok(_) => return Err((Step::Exec, libc::EINVAL)),
+    }
+    let by_descriptor = [long(plan.program), pointer(c"".as_ptr()), argv, env, long(libc::AT_EMPTY_PATH)];
+    call(Step::Exec, libc::SYS_execveat, by_descriptor)?;
     Err((Step::Exec, libc::EINVAL))
 }
 
@@ -222,7 +231,7 @@ fn set_limits(plan: &Plan<'_>) -> Done {
 fn place_descriptors(plan: &mut Plan<'_>) -> Done {
     let park =
         |fd: RawFd| call(Step::Descriptors, libc::SYS_fcntl, [long(fd), long(libc::F_DUPFD), long(HIGH_FD), 0, 0]);
-    for (fd, _) in &mut plan.fds {
+    for fd in plan.fds.iter_mut().map(|(fd, _)| fd).chain([&mut plan.program]) {
         *fd = RawFd::try_from(park(*fd)?).map_err(|_| (Step::Descriptors, libc::EBADF))?;
     }
     let cloexec = c_long::from(libc::CLOSE_RANGE_CLOEXEC);

@@ -169,8 +169,11 @@ impl Spawn {
         let argv = strings(std::iter::once(self.program.as_os_str()).chain(self.args.iter().map(OsString::as_os_str)))?;
         let env: Vec<OsString> = self.env.iter().map(|(name, value)| variable(name, value)).collect();
         let env = strings(env.iter().map(OsString::as_os_str))?;
+        let program = rustix::fs::open(&self.program, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|errno| crate::failed("executing it", errno))?;
         let cwd = self.cwd.as_deref().map(open_dir).transpose()?;
         let mut plan = Plan {
+            program: program.as_raw_fd(),
             argv: &argv,
             argv_pointers: pointers(&argv),
             env_pointers: pointers(&env),
