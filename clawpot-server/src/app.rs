@@ -70,7 +70,7 @@ impl App {
 
     /// The last thing. VMs keep what they need; where there is none, nothing of this instance stays on the host.
     /// What was queued is on disk when the store is dropped.
-    pub async fn close(self) -> Result<()> {
+    pub async fn close(mut self) -> Result<()> {
         let left = match self.service.records().count() {
             0 => self.give_up().await,
             _ => {
@@ -83,8 +83,8 @@ impl App {
         left
     }
 
-    async fn give_up(&self) -> Result<()> {
-        if let Some(resolver) = &self.resolver {
+    async fn give_up(&mut self) -> Result<()> {
+        if let Some(resolver) = &mut self.resolver {
             resolver.remove().await?;
         }
         self.net.give_up().await

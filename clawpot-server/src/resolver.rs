@@ -54,8 +54,10 @@ impl Keeper {
     }
 
     /// Nothing of it is left.
-    pub async fn remove(&self) -> Result<()> {
+    pub async fn remove(&mut self) -> Result<()> {
         self.task.abort();
+        // A start that was under way is over before its traces are looked for; it ends by being aborted.
+        (&mut self.task).await.unwrap_or_default();
         self.resolver.remove().await
     }
 }
