@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -18,6 +19,10 @@ const MAX_DEPTH: u32 = 16;
 #[derive(Debug)]
 pub struct Cgroups {
     root: PathBuf,
+    /// Made while nobody waited: making one takes 0.4 ms under emulation, a sixth of what a warm exec costs besides its program.
+    spare: Mutex<Option<Cgroup>>,
+    /// Number of the next one. Names are not the execs' ids, which are not known when a spare is made.
+    next: AtomicU64,
     /// Cgroups of ended execs in which processes live on.
     left: Mutex<Vec<PathBuf>>,
 }
@@ -33,12 +38,28 @@ impl Cgroups {
     /// Makes `root` if it is not there; its parent must be in a cgroup2 file system.
     pub fn new(root: &Path) -> io::Result<Self> {
         make(root)?;
-        Ok(Self { root: root.to_owned(), left: Mutex::default() })
+        Ok(Self { root: root.to_owned(), spare: Mutex::default(), next: AtomicU64::new(0), left: Mutex::default() })
     }
 
-    /// A new cgroup. One of that name in which processes of an ended exec live on is an error.
-    pub fn create(&self, name: &str) -> io::Result<Cgroup> {
-        let path = self.root.join(name);
+    /// A new cgroup, in which nobody was before.
+    pub fn create(&self) -> io::Result<Cgroup> {
+        match lock(&self.spare).take() {
+            Some(spare) => Ok(spare),
+            None => self.make(),
+        }
+    }
+
+    /// Makes the next one ahead of time.
+    pub fn prepare(&self) {
+        let mut spare = lock(&self.spare);
+        if spare.is_none() {
+            // Whoever needs it tries again, and says why if that fails too.
+            *spare = self.make().ok();
+        }
+    }
+
+    fn make(&self) -> io::Result<Cgroup> {
+        let path = self.root.join(format!("exec-{}", self.next.fetch_add(1, Ordering::Relaxed)));
         DirBuilder::new().mode(0o755).create(&path)?;
         let dir = rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         Ok(Cgroup { path, dir })

@@ -131,7 +131,7 @@ impl Shared {
         let ends = Ends::new(plan, &self.null).map_err(resources)?;
         let cgroup = self
             .cgroups
-            .create(id.as_str())
+            .create()
             .map_err(|error| failed(Reason::Resources, format!("exec {id}: making its cgroup: {error}")))?;
         let stdio = Stdio { fds: ends.theirs.each_ref().map(AsFd::as_fd), tty: plan.tty.is_some() };
         let started = std::time::Instant::now();
@@ -159,6 +159,7 @@ impl Shared {
             table.finished.push_back((exec.id.clone(), Instant::now()));
         }
         self.cgroups.remove(&exec.cgroup);
+        self.cgroups.prepare();
     }
 
     /// Drops what was kept long enough, and cgroups whose last process has gone.

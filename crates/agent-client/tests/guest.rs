@@ -136,6 +136,8 @@ async fn our_own_agent_through_the_port() {
     client.shutdown(&machine(1), &endpoint, Millis(1)).await.unwrap_err();
     execs.cgroups.sweep();
     for _ in 0..100 {
+        let children = std::fs::read_dir(&cgroups).unwrap().flatten().filter(|entry| entry.path().is_dir());
+        children.for_each(|child| std::fs::remove_dir(child.path()).unwrap_or_default());
         if std::fs::remove_dir(&cgroups).is_ok() {
             return;
         }
