@@ -169,8 +169,8 @@ fn unusable(what: String) -> Error {
         .hint("install QEMU: apt-get install --no-install-recommends qemu-system-x86; `clawpot doctor` tells the rest")
 }
 
-/// [`decide`], booting a probe VM (`boot`, polled only then) where only that can tell. A verdict is kept in `state`; an error
-/// of `boot` is none: it counts this time, and is tried again at the next start.
+/// [`decide`], booting a probe VM (`boot`, polled only then) where only that can tell. A verdict is kept in `state`. A probe that
+/// Firecracker refused is none, nor is an error of `boot`: it counts this time, and is tried again at the next start.
 pub async fn choose(
     wanted: Wanted,
     host: &Host,
@@ -185,7 +185,10 @@ pub async fn choose(
     let subject = host.subject().ok_or_else(no_subject)?;
     tracing::info!("booting a probe VM under Firecracker");
     let (ran, told, keep) = match boot.await {
-        Ok(probed) => (matches!(probed, Probed::GuestRan(_)), probed.to_string(), true),
+        Ok(probed) => {
+            let keep = !matches!(probed, Probed::Refused(_));
+            (matches!(probed, Probed::GuestRan(_)), probed.to_string(), keep)
+        }
         Err(error) => (false, format!("the probe failed: {}", error.chain()), false),
     };
     let verdict = Verdict { version: VERDICT_VERSION, subject, ran, told };
@@ -293,11 +296,13 @@ mod tests {
         let other_kernel = Host { kernel: Ok(Digest::from_sha256(&[4; 32])), ..host() };
         assert_eq!(kind(choose(Wanted::Auto, &other_kernel, state, ran()).await), VmmKind::Firecracker);
 
-        // A file that was cut off is asked again, and a probe that could not be made is not a verdict.
+        // A file that was cut off is asked again, and a probe that could not be made or was refused is not a verdict.
         clawpot_host::fs::replace(&state.join(VERDICT_FILE), b"{", 0o600).unwrap();
         let failed = async { Err(Error::new(Kind::Exhausted, "no memory")) };
         let chosen = choose(Wanted::Auto, &host(), state, failed).await.unwrap();
         assert_eq!(chosen.why, "QEMU 7.2.22: Firecracker 1.15.1: the probe failed: no memory");
+        let refused = async { Ok(Probed::Refused("no memory".to_owned())) };
+        assert_eq!(kind(choose(Wanted::Auto, &host(), state, refused).await), VmmKind::Qemu);
         assert_eq!(kind(choose(Wanted::Auto, &host(), state, ran()).await), VmmKind::Firecracker);
     }
 
