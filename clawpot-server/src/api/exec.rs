@@ -8,6 +8,7 @@ use clawpot_core::exec::{
 use clawpot_core::ports::BoxStream;
 use clawpot_types::{Error, Kind, Millis, Result};
 use futures_util::StreamExt as _;
+use tokio::sync::oneshot;
 use tonic::{Status, Streaming};
 
 use super::status::status;
@@ -34,17 +35,50 @@ pub fn opening(frame: Option<v1::ExecInput>) -> Result<Opening> {
     }
 }
 
-/// The frames after the first. A bad one ends the stream: the guest then sees the attachment end, not the exec.
-pub fn rest(frames: Streaming<v1::ExecInput>) -> BoxStream<ExecInput> {
-    Box::pin(
-        frames
-            .map(|frame| frame.ok().and_then(|frame| input(frame).ok()))
-            .take_while(|frame| {
-                let goes_on = frame.is_some();
-                async move { goes_on }
-            })
-            .filter_map(|frame| async { frame }),
-    )
+/// Why the client's frames are no longer taken.
+pub type Refusal = oneshot::Receiver<Error>;
+
+/// The frames after the first. Only a client that closes its side in order ends them: after a lost connection, or a frame
+/// that is none, nothing comes any more, so that the guest sees the attachment break off and not its input end well.
+pub fn rest(frames: Streaming<v1::ExecInput>) -> (BoxStream<ExecInput>, Refusal) {
+    let (refuse, refusal) = oneshot::channel();
+    let frames = futures_util::stream::unfold((frames, refuse), |(mut frames, refuse)| async move {
+        match frames.message().await {
+            Ok(None) => None,
+            Ok(Some(frame)) => match input(frame) {
+                Ok(input) => Some((input, (frames, refuse))),
+                Err(error) => {
+                    // Without a receiver the client is gone already.
+                    refuse.send(error).unwrap_or_default();
+                    std::future::pending().await
+                }
+            },
+            // Dropped with the output, which has lost its reader too.
+            Err(_) => std::future::pending().await,
+        }
+    });
+    (Box::pin(frames), refusal)
+}
+
+/// The guest's frames, until one of the client's is refused.
+pub fn answers(output: BoxStream<Result<ExecOutput>>, refusal: Refusal) -> BoxStream<Result<v1::ExecOutput, Status>> {
+    // A sender that is gone refused nothing.
+    let refused = async move {
+        match refusal.await {
+            Ok(error) => Err(status(error)),
+            Err(_) => std::future::pending().await,
+        }
+    };
+    let refused = futures_util::stream::once(Box::pin(refused));
+    let frames = output.map(self::output).map(Some).chain(futures_util::stream::once(async { None }));
+    let both = futures_util::stream::select(frames, refused.map(Some));
+    // Ends with the guest's frames, or after the first error.
+    let ended = both.scan(false, |failed, frame| {
+        let next = if *failed { None } else { frame };
+        *failed = matches!(next, Some(Err(_)));
+        async move { next }
+    });
+    Box::pin(ended)
 }
 
 fn start_of(start: v1::ExecStart) -> Result<ExecStart> {

@@ -90,8 +90,9 @@ impl VmService for VmApi {
     async fn exec(&self, request: Request<Streaming<v1::ExecInput>>) -> Answer<Self::ExecStream> {
         let mut frames = request.into_inner();
         let opening = exec::opening(frames.message().await?).map_err(status)?;
-        let output = self.service.exec(&opening.vm, opening.first, exec::rest(frames)).await.map_err(status)?;
-        Ok(Response::new(Box::pin(output.map(exec::output))))
+        let (rest, refusal) = exec::rest(frames);
+        let output = self.service.exec(&opening.vm, opening.first, rest).await.map_err(status)?;
+        Ok(Response::new(exec::answers(output, refusal)))
     }
 
     async fn get_console(&self, request: Request<v1::GetConsoleRequest>) -> Answer<Self::GetConsoleStream> {
