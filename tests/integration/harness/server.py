@@ -47,7 +47,7 @@ class Server:
 
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("CLAWPOT_")}
-        return {**kept, "NO_COLOR": "1", "RUST_BACKTRACE": "1", "RUST_LOG": os.environ.get("RUST_LOG", "info")}
+        return {**kept, "NO_COLOR": "1", "RUST_BACKTRACE": "1", "CLAWPOT_LOG": os.environ.get("CLAWPOT_LOG", "info")}
 
     def start(self, *more: object, before: tuple[str, ...] = ()) -> "Server":
         """Returns when it answers. `before`: words before the command, such as `setpriv …`."""
