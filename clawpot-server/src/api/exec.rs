@@ -6,7 +6,7 @@ use clawpot_core::exec::{
     ExecAttach, ExecEnd, ExecExited, ExecFailedReason, ExecInput, ExecOutput, ExecStart, Stream, TerminalSize,
 };
 use clawpot_core::ports::BoxStream;
-use clawpot_types::{Error, Kind, Millis, Result};
+use clawpot_types::{Error, ExecId, Kind, Millis, Result};
 use futures_util::StreamExt as _;
 use tokio::sync::oneshot;
 use tonic::{Status, Streaming};
@@ -27,8 +27,11 @@ pub fn opening(frame: Option<v1::ExecInput>) -> Result<Opening> {
             Ok(Opening { vm, first: ExecInput::Start(start_of(start)?) })
         }
         Some(Frame::Attach(attach)) => {
-            let first =
-                ExecAttach { id: attach.exec_id.parse()?, stdout: attach.stdout_offset, stderr: attach.stderr_offset };
+            let first = ExecAttach {
+                id: exec_id("attach", &attach.exec_id)?,
+                stdout: attach.stdout_offset,
+                stderr: attach.stderr_offset,
+            };
             Ok(Opening { vm: attach.vm, first: ExecInput::Attach(first) })
         }
         _ => Err(bad("the first frame must be start or attach")),
@@ -100,7 +103,7 @@ fn start_of(start: v1::ExecStart) -> Result<ExecStart> {
         false => None,
     };
     Ok(ExecStart {
-        id: start.exec_id.parse()?,
+        id: exec_id("start", &start.exec_id)?,
         argv: start.argv,
         env,
         cwd: start.cwd,
@@ -109,6 +112,10 @@ fn start_of(start: v1::ExecStart) -> Result<ExecStart> {
         stdin: start.stdin,
         tty,
     })
+}
+
+fn exec_id(of: &str, id: &str) -> Result<ExecId> {
+    id.parse().map_err(|error: Error| bad(&format!("{of}.exec_id: {}", error.chain())))
 }
 
 fn input(frame: v1::ExecInput) -> Result<ExecInput> {
