@@ -63,10 +63,15 @@ impl Service {
                     Ok((_, record)) if record.machine() != machine => {
                         return Error::new(Kind::Unavailable, format!("VM {}: it was started anew", record.name));
                     }
-                    Ok((_, record)) if matches!(record.phase, Phase::Failed | Phase::Stopped | Phase::Deleting) => {
-                        return denied(&record, &format!("it is {}", record.phase));
-                    }
-                    Ok(_) => {}
+                    Ok((_, record)) => match record.phase {
+                        Phase::Failed => return denied(&record, "it has failed"),
+                        Phase::Stopped => return denied(&record, "it was stopped meanwhile"),
+                        Phase::Deleting => {
+                            let what = format!("VM {}: it is being deleted, and so is its command", record.name);
+                            return Error::new(Kind::FailedPrecondition, what);
+                        }
+                        _ => {}
+                    },
                 }
                 if let Err(RecvError::Closed) = changes.recv().await {
                     return Error::new(Kind::Unavailable, "the server is going");

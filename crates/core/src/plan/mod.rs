@@ -101,7 +101,7 @@ pub enum Why {
 pub struct Limits {
     /// From the VMM's start to the guest's hello. TCG on a loaded two-core machine takes up to 30 s.
     pub boot: Duration,
-    /// Between two attempts at a hello.
+    /// Between two attempts at a hello, at least.
     pub hello_interval: Duration,
     /// Before looking again at what could not be looked at, or repeating a failed step.
     pub retry: Duration,
