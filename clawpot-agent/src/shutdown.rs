@@ -19,6 +19,9 @@ const KILL: Duration = Duration::from_secs(2);
 /// How long the answer to the request has to leave the machine.
 const ANSWER: Duration = Duration::from_millis(10);
 
+/// How long the execs that ended have to say so to whoever is attached.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
 /// A request to stop.
 #[derive(Clone, Copy, Debug)]
 pub struct Stop {
@@ -37,6 +40,7 @@ impl Stop {
 /// The caller keeps serving meanwhile: output of the last moments still leaves. `disk` is the root of the VM's disk.
 pub async fn run(stop: Stop, execs: &Shared, disk: &OwnedFd) -> io::Error {
     tokio::time::sleep(ANSWER).await;
+    let busy = !matches!(execs.cgroups.is_empty(), Ok(true));
     // Everyone but us. Whoever is stopped must run to hear it.
     signal_everyone(libc::SIGTERM);
     signal_everyone(libc::SIGCONT);
@@ -47,6 +51,9 @@ pub async fn run(stop: Stop, execs: &Shared, disk: &OwnedFd) -> io::Error {
         if !wait_empty(execs, KILL).await {
             say("stopping: some processes do not end although killed; their last writes may be lost");
         }
+    }
+    if busy {
+        tokio::time::sleep(LAST_WORDS).await;
     }
     finish(disk)
 }
