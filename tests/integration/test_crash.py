@@ -10,7 +10,7 @@ from collections.abc import Callable
 from harness.server import Server
 from harness.tools import until
 
-COUNT = 400
+COUNT = 250
 
 
 def _boot_id(server: Server, vm: str) -> str:

@@ -179,3 +179,32 @@ def test_a_closed_pipe_ends_the_command_line_quietly(server: Server, vm: str) ->
         process.kill()
         raise
     assert b"panicked" not in process.stderr.read()
+
+
+def test_a_guest_without_memory(server: Server, vm: str) -> None:
+    """The one that takes it all is killed; the agent and the VM are not."""
+    assert server.cli("exec", vm, "--", "tail", "/dev/zero", timeout=60).code == 137
+    assert server.cli.sh(vm, "echo alive").ok().text == "alive\n"
+
+
+def test_a_fork_bomb(server: Server, vm: str) -> None:
+    """It can use up the guest; its timeout clears all of it away."""
+    bomb = server.cli("exec", "--timeout", "4s", vm, "--", "bash", "-c", "b() { b | b & }; b; sleep 100", timeout=80)
+    assert bomb.code in (124, 137), bomb
+    assert server.cli.sh(vm, "echo alive; ls -d /proc/[0-9]* | wc -l").ok().text.startswith("alive\n")
+    count = server.cli.sh(vm, "grep -lzx '[b]ash' /proc/[0-9]*/cmdline | wc -l").text
+    assert int(count) == 0, f"{count} of them live"
+
+
+def test_arguments_are_bytes(server: Server, vm: str) -> None:
+    done = server.cli("exec", vm, "--", "printf", "%s", b"\xff\xfe ok".decode("utf-8", "surrogateescape")).ok()
+    assert done.stdout == b"\xff\xfe ok"
+
+
+def test_input_that_is_not_read_holds_nothing_up(server: Server, vm: str) -> None:
+    with open("/dev/zero", "rb") as endless:
+        process = server.cli.start("exec", vm, "--", "sleep", "100", stdin=endless)
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    assert process.returncode == 130

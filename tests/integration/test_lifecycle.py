@@ -229,3 +229,46 @@ def test_console_follows(server: Server, vm: str) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_stopping_ends_what_runs(server: Server, sibling: str) -> None:
+    """Whoever is attached hears how his command ended; one that hears nothing is killed within the grace."""
+    gentle = server.cli.start("exec", sibling, "--", "sleep", "100")
+    deaf = server.cli.start("exec", sibling, "--", "sh", "-c", "trap '' TERM; echo deaf; while :; do sleep 1; done")
+    assert deaf.stdout is not None
+    assert deaf.stdout.readline() == b"deaf\n"
+    stopped = server.cli("stop", "--grace", "4s", sibling).ok()
+    assert stopped.seconds < 8
+    for process, code in ((gentle, 143), (deaf, 137)):
+        errors = process.communicate(timeout=10)[1].decode()
+        assert process.returncode == code, errors
+
+
+def test_deleting_ends_what_runs(server: Server, sibling: str) -> None:
+    running = server.cli.start("exec", sibling, "--", "sh", "-c", "echo up; sleep 100")
+    assert running.stdout is not None
+    assert running.stdout.readline() == b"up\n"
+    assert server.cli("rm", sibling).ok().seconds < 5
+    errors = running.communicate(timeout=10)[1].decode()
+    assert running.returncode == 125 and "deleted" in errors, errors
+
+
+def test_a_vmm_that_does_not_react(server: Server, sibling: str) -> None:
+    """Stopped by a signal, it hears nothing: stop waits for its grace, delete for nothing."""
+    (pid,) = server.vmm_pids(server.cli.inspect(sibling)["id"])
+    os.kill(pid, signal.SIGSTOP)
+    assert 1 < server.cli("stop", "--grace", "2s", sibling).ok().seconds < 6
+    server.cli("start", sibling).ok()
+    (pid,) = server.vmm_pids(server.cli.inspect(sibling)["id"])
+    os.kill(pid, signal.SIGSTOP)
+    assert server.cli("rm", sibling).ok().seconds < 3
+
+
+def test_interrupted_while_it_boots(server: Server) -> None:
+    before = server.steady()
+    process = server.cli.start("run", "--rm", "--name", "early", "debian", "--", "true")
+    until(lambda: [vm for vm in server.cli.ls() if vm["name"] == "early"], what="the VM")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert not server.settle(before)

@@ -139,6 +139,8 @@ class Server:
 
     def _empty(self) -> None:
         if self.process is None:
+            if not (self.state_dir / "state.db").exists():
+                return
             self.start()
         for vm in self.cli.ls():
             self.cli("rm", "--force", vm["id"])
