@@ -129,8 +129,8 @@ impl Runner {
         }
     }
 
-    /// A guest that has taken long will take a little longer: asked about 30 times in all, whether it boots in 0.1 s or
-    /// in 10, it is found within 3 % of its time. One that fell silent while it ran costs little.
+    /// Whether a guest boots in 0.7 s or in 10, it is found within 3 % of its time, and asked some dozens of times. One that
+    /// fell silent while it ran costs little.
     fn before_next_hello(&self, record: &VmRecord) -> Duration {
         let limits = &self.deps.settings.limits;
         if record.phase == Phase::Running {
