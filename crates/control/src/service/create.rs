@@ -63,7 +63,7 @@ impl Service {
                 TxnOutcome::Committed(revision) => {
                     tell(&self.deps, revision, &record, "vm.create", actor).await;
                     self.run(&record.id);
-                    self.warm_soon();
+                    self.warm().await;
                     return Ok((revision, Arc::new(record)));
                 }
                 // The same request, a moment earlier: what it made is published within microseconds.

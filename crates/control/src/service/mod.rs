@@ -12,9 +12,7 @@ pub mod intent;
 pub mod read;
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use clawpot_core::VmRecord;
 use clawpot_core::event::Event;
@@ -27,9 +25,6 @@ use crate::Deps;
 use crate::live::Lives;
 use crate::records::Records;
 use crate::runner::Runner;
-
-/// From a create to work ahead for the next ones: longer than a create's own share takes.
-const WARM_AFTER: Duration = Duration::from_millis(200);
 
 /// What the API calls. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -46,8 +41,6 @@ struct Shared {
     last_slot: Mutex<Option<Slot>>,
     /// Slots of which something was left by nobody knows whom: given to no VM.
     blocked: Mutex<BTreeSet<Slot>>,
-    /// A warming of slots is due.
-    warming: AtomicBool,
     leaving: watch::Sender<bool>,
     runners: Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
@@ -57,7 +50,6 @@ impl Service {
         let shared = Shared {
             last_slot: Mutex::new(None),
             blocked: Mutex::default(),
-            warming: AtomicBool::new(false),
             leaving: watch::channel(false).0,
             runners: Mutex::new(Vec::new()),
         };
@@ -138,20 +130,6 @@ impl Service {
         let slot = next_free(&taken, *last, self.deps.net.slots())?;
         *last = Some(slot);
         Some(slot)
-    }
-
-    /// [`Self::warm`], a moment later and once for many calls: the slot just given out is made to talk meanwhile, and
-    /// making others would keep the same locks of the kernel busy.
-    pub(crate) fn warm_soon(&self) {
-        if self.shared.warming.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        let this = self.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(WARM_AFTER).await;
-            this.shared.warming.store(false, Ordering::Relaxed);
-            this.warm().await;
-        });
     }
 
     /// Lets the network prepare the slots that will be asked for next.
