@@ -6,13 +6,16 @@ use std::time::Duration;
 
 use clawpot_types::{Result, Slot};
 use tokio::sync::watch;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::mark::{RulesDigest, Standing};
 use crate::work::Workshop;
 
 /// How long VMs may be without a network after the host's rules were flushed. A look costs some microseconds.
 const LOOK_AT_TABLE: Duration = Duration::from_secs(5);
+
+/// A wish comes with the create of a VM, which has the machine to itself until it has started its own.
+const LATER: Duration = Duration::from_millis(300);
 
 /// Until nobody can want anything any more.
 pub(crate) async fn run(shop: Arc<Workshop>, mut wanted: watch::Receiver<Option<Vec<Slot>>>) {
@@ -22,6 +25,9 @@ pub(crate) async fn run(shop: Arc<Workshop>, mut wanted: watch::Receiver<Option<
         tokio::select! {
             biased;
             changed = wanted.changed() => {
+                if wanted.borrow().is_some() {
+                    sleep(LATER).await;
+                }
                 let slots = wanted.borrow_and_update().clone();
                 let (Ok(()), Some(slots)) = (changed, slots) else { return };
                 if let Err(error) = serve(&shop, &slots, &wanted).await {
