@@ -26,8 +26,8 @@ const STREAMS_PER_CONNECTION: u32 = 256;
 pub async fn serve(config: Config) -> Result<()> {
     let group = socket::group(config.group.as_deref())?;
     let app = app::App::start(&config).await?;
-    let api = socket::bind(&config.socket, group)?;
-    let scrape = socket::bind(&config.metrics_socket, group)?;
+    let api = socket::bind(&config.socket, "--socket", group)?;
+    let scrape = socket::bind(&config.metrics_socket, "--metrics-socket", group)?;
     let (mut term, mut int) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
 
     let metrics = Metrics::new(app.service.clone());

@@ -11,9 +11,9 @@ use tokio::net::UnixListener;
 /// `sun_path` holds 108 bytes with the final NUL.
 const MAX_PATH: usize = 107;
 
-/// Binds `path`; `group` may connect beside root. Not reachable by anyone else at any moment: the socket is bound in a
+/// Binds `path`, which `flag` sets; `group` may connect beside root. Not reachable by anyone else at any moment: the socket is bound in a
 /// directory of its own, given its mode, and only then renamed into place.
-pub fn bind(path: &Path, group: Option<u32>) -> Result<UnixListener> {
+pub fn bind(path: &Path, flag: &str, group: Option<u32>) -> Result<UnixListener> {
     let shown = path.display();
     let failed = |doing: &str, error| Error::io(format!("socket {shown}: {doing}"), error);
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
@@ -23,10 +23,12 @@ pub fn bind(path: &Path, group: Option<u32>) -> Result<UnixListener> {
     let fresh = nursery.join("s");
     if fresh.as_os_str().len() > MAX_PATH {
         let what = format!("socket {shown}: the path is too long for a Unix socket ({MAX_PATH} bytes)");
-        return Err(Error::new(Kind::InvalidArgument, what).hint("choose a shorter one with --socket, e.g. under /run"));
+        return Err(
+            Error::new(Kind::InvalidArgument, what).hint(format!("choose a shorter one with {flag}, e.g. under /run"))
+        );
     }
     fs::create_dir_all(dir).map_err(|error| failed("making its directory", error))?;
-    refuse_if_served(path)?;
+    refuse_if_served(path, flag)?;
     match fs::create_dir(&nursery) {
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(failed("making it", error)),
         _ => chmod(&nursery, Mode::RWXU).map_err(|error| failed("making it", error.into()))?,
@@ -49,16 +51,16 @@ pub fn bind(path: &Path, group: Option<u32>) -> Result<UnixListener> {
     Ok(listener)
 }
 
-fn refuse_if_served(path: &Path) -> Result<()> {
+fn refuse_if_served(path: &Path, flag: &str) -> Result<()> {
     let Ok(found) = fs::symlink_metadata(path) else { return Ok(()) };
     if !found.file_type().is_socket() {
         let what = format!("socket {}: something else is there, of {} bytes", path.display(), found.size());
-        return Err(Error::new(Kind::AlreadyExists, what).hint("choose another path with --socket"));
+        return Err(Error::new(Kind::AlreadyExists, what).hint(format!("choose another path with {flag}")));
     }
     match std::os::unix::net::UnixStream::connect(path) {
         Ok(_) => {
             Err(Error::new(Kind::AlreadyExists, format!("socket {}: another server answers on it", path.display()))
-                .hint("stop that server, or choose another path with --socket"))
+                .hint(format!("stop that server, or choose another path with {flag}")))
         }
         Err(_) => Ok(()),
     }
@@ -87,16 +89,16 @@ mod tests {
     async fn only_a_dead_socket_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
-        let listener = bind(&path, None).unwrap();
+        let listener = bind(&path, "--socket", None).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o660);
-        assert!(bind(&path, None).unwrap_err().chain().contains("another server answers"));
+        assert!(bind(&path, "--socket", None).unwrap_err().chain().contains("another server answers"));
         drop(listener);
-        bind(&path, None).unwrap();
+        bind(&path, "--socket", None).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left of the making");
         fs::remove_file(&path).unwrap();
         fs::create_dir(&path).unwrap();
-        assert!(bind(&path, None).unwrap_err().chain().contains("something else is there"));
+        assert!(bind(&path, "--socket", None).unwrap_err().chain().contains("something else is there"));
         let long = dir.path().join("x".repeat(120));
-        assert!(bind(&long, None).unwrap_err().next_step().unwrap().contains("shorter"));
+        assert!(bind(&long, "--socket", None).unwrap_err().next_step().unwrap().contains("shorter"));
     }
 }

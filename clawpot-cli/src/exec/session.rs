@@ -16,7 +16,7 @@ use super::signals::{Interrupts, SIGINT, SIGPIPE, Signal, Signals};
 use super::wires::{Inbound, frame, read, room, until};
 use super::writer::Writer;
 use super::{stdin, terminal};
-use crate::api::{Api, Backoff, is_lost};
+use crate::api::{Api, Backoff, is_broken, is_lost};
 use crate::failure::Failure;
 use crate::output::note;
 
@@ -241,7 +241,7 @@ impl Session {
         match output.frame? {
             Out::Started(started) => {
                 if self.away.take().is_some() {
-                    note("the server is back; attached again");
+                    note("attached again");
                 }
                 self.started = true;
                 // The last ones may have been lost with the server: without them a full ring would stay full.
@@ -315,7 +315,10 @@ impl Session {
         let pause = self.away.get_or_insert_with(|| Backoff::silent(reconnect)).pause();
         let Some(pause) = pause else { return Err(failure(status)) };
         if first {
-            note(&format!("the server is gone; looking for it for {} s (--reconnect-timeout)", reconnect.as_secs()));
+            // A living server may lose the guest: the VM is going, or its agent.
+            let gone =
+                if is_broken(status) { "the server is gone; looking for it" } else { "the VM does not answer; trying" };
+            note(&format!("{gone} for {} s (--reconnect-timeout)", reconnect.as_secs()));
         }
         let next_try = Instant::now() + pause;
         while self.end.is_none() {

@@ -68,7 +68,7 @@ fn output_that_left_the_ring_is_reported_with_its_bytes() {
     assert_eq!((ran.code, ran.out.as_str()), (Some(5), "first the last"));
     insta::assert_snapshot!(ran.err, @r#"
 clawpot: the server is gone; looking for it for 60 s (--reconnect-timeout)
-clawpot: the server is back; attached again
+clawpot: attached again
 clawpot: 21 bytes of stdout are lost (bytes 6 to 27): they had left the buffer before this program could fetch them
 kept
 "#);
