@@ -171,7 +171,7 @@ class Bench:
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode().split("\0")
         files = {path.name: path for path in Path(f"/proc/{pid}/cwd").resolve().iterdir() if path.is_file()}
         # A new VM's disk, not one that is in use.
-        (files["disk"],) = self.server.state_dir.glob("templates/*.ext4")
+        (files["disk"],) = self.server.state_dir.glob("templates/*[0-9].ext4")
         took = []
         for number in range(BY_HAND):
             with _machine(self.server.state_dir.parent / f"hand-{number}", files) as (directory, netns):

@@ -289,6 +289,27 @@ async fn a_disk_is_cloned_kept_and_removed() {
 }
 
 #[tokio::test]
+async fn one_disk_of_a_size_that_was_asked_for_is_kept_ready() {
+    let host = Host::empty();
+    let driver = host.driver();
+    driver.create_disk(&vm(1), MiB(64)).await.unwrap();
+    let spare = host.path("state/templates/upper-v1-64.spare.ext4");
+    let made = async {
+        while !spare.exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(10), made).await.unwrap();
+    let inode = std::fs::metadata(&spare).unwrap().ino();
+    let path = driver.create_disk(&vm(2), MiB(64)).await.unwrap();
+    assert_eq!(std::fs::metadata(path).unwrap().ino(), inode);
+    assert!(!spare.exists(), "two VMs could get it");
+    // The next comes before there is another.
+    let path = driver.create_disk(&vm(3), MiB(64)).await.unwrap();
+    assert_ne!(std::fs::metadata(path).unwrap().ino(), inode);
+}
+
+#[tokio::test]
 async fn the_smallest_and_the_largest_disk() {
     let host = Host::empty();
     let driver = host.driver();
