@@ -3,6 +3,7 @@
 //! - [`qemu`] where there is no usable hardware virtualisation; [`firecracker`] the product
 //! - [`jail`] what they share: a machine's directory, cgroup, process and end
 //! - [`console`] the FIFO that a VMM prints to, drained into bounded logs; implements [`clawpot_core::ports::Console`]
+//! - [`relay`] a VM's `CONNECT` socket where its VMM serves none
 //! - [`cmdline`] the kernel's command line
 //! - [`probe`] which of the two this host can run
 //!
@@ -14,3 +15,4 @@ pub mod firecracker;
 pub mod jail;
 pub mod probe;
 pub mod qemu;
+pub mod relay;

@@ -5,15 +5,16 @@ mod common;
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clawpot_core::ports::Console;
 use clawpot_core::{Fact, VmmFact, VmmKind};
-use clawpot_host::cgroup::Cgroups;
+use clawpot_host::cgroup::{Cgroups, Limits};
 use clawpot_host::process::Spawn;
 use clawpot_types::Kind;
 use clawpot_vmm::console::Consoles;
-use clawpot_vmm::jail::{DISK, Jails, KERNEL};
+use clawpot_vmm::jail::{DISK, Jail, Jails, KERNEL};
 use common::{Place, needs_root};
 
 fn jails(place: &Place) -> (Jails, Consoles) {
@@ -29,6 +30,9 @@ fn exited(how: &str) -> Fact<VmmFact> {
     Fact::Present(VmmFact::Exited { how: how.to_owned() })
 }
 
+/// None: what a limit does is tested where one is wanted.
+const LIMITS: Limits = Limits { memory: None, pids: None, cpu: None };
+
 const RUNNING: Fact<VmmFact> = Fact::Present(VmmFact::Running { attached: true });
 const ADOPTABLE: Fact<VmmFact> = Fact::Present(VmmFact::Running { attached: false });
 const PREPARED: Fact<VmmFact> = Fact::Present(VmmFact::Prepared);
@@ -43,7 +47,7 @@ async fn a_life_and_a_death() {
     let (jails, consoles) = jails(&place);
     let jail = jails.jail(&machine.id).unwrap();
     assert_eq!(jails.inspect(&machine.id).await, Fact::Absent);
-    assert_eq!(jails.start(&machine.id, |_| Ok(shell("true"))).await.unwrap_err().kind(), Kind::NotFound);
+    assert_eq!(jails.start(&machine.id, LIMITS, |_| Ok(shell("true"))).await.unwrap_err().kind(), Kind::NotFound);
 
     jails.prepare(&machine).await.unwrap();
     jails.prepare(&machine).await.unwrap();
@@ -57,10 +61,10 @@ async fn a_life_and_a_death() {
     assert_eq!(std::fs::metadata(jail.file(DISK)).unwrap().uid(), machine.seat.uid);
 
     let script = "echo hello; echo trouble >&2; exec sleep 60";
-    jails.start(&machine.id, move |_| Ok(shell(script))).await.unwrap();
+    jails.start(&machine.id, LIMITS, move |_| Ok(shell(script))).await.unwrap();
     assert_eq!(jails.inspect(&machine.id).await, RUNNING);
     // Again: nothing happens, nothing is spawned.
-    jails.start(&machine.id, |_| panic!("spawned twice")).await.unwrap();
+    jails.start(&machine.id, LIMITS, |_| panic!("spawned twice")).await.unwrap();
     assert_eq!(jails.prepare(&machine).await.unwrap_err().kind(), Kind::FailedPrecondition);
     assert_eq!(jails.destroy(&machine.id).await.unwrap_err().kind(), Kind::FailedPrecondition);
     common::until("the console", async || consoles.tail(&machine.id.vm, 9).await.unwrap().len() == 3).await;
@@ -72,7 +76,10 @@ async fn a_life_and_a_death() {
     jails.stop(&machine.id).unwrap();
     tokio::time::timeout(Duration::from_secs(5), waiting).await.unwrap().unwrap();
     assert_eq!(jails.inspect(&machine.id).await, exited("killed by signal 9"));
-    assert_eq!(jails.start(&machine.id, |_| Ok(shell("true"))).await.unwrap_err().kind(), Kind::FailedPrecondition);
+    assert_eq!(
+        jails.start(&machine.id, LIMITS, |_| Ok(shell("true"))).await.unwrap_err().kind(),
+        Kind::FailedPrecondition
+    );
     jails.destroy(&machine.id).await.unwrap();
     jails.destroy(&machine.id).await.unwrap();
     assert_eq!(jails.inspect(&machine.id).await, Fact::Absent);
@@ -97,8 +104,8 @@ async fn another_daemon_adopts() {
     let (first, first_consoles) = jails(&place);
     first.prepare(&machine).await.unwrap();
     let script = "echo one; while [ ! -e go ]; do sleep 0.01; done; echo two; exit 3";
-    let program = move |jail: &clawpot_vmm::jail::Jail| Ok(shell(script).cwd(jail.root()));
-    first.start(&machine.id, program).await.unwrap();
+    let program = move |jail: &Jail| Ok(shell(script).cwd(jail.root()));
+    first.start(&machine.id, LIMITS, program).await.unwrap();
     common::until("one", async || first_consoles.tail(&machine.id.vm, 1).await.unwrap() == ["one"]).await;
     // Nothing of the first daemon is left but its zombies.
     drop((first, first_consoles));
@@ -142,7 +149,7 @@ async fn what_a_crash_leaves_is_found_and_removed() {
     assert_eq!(jails.inspect(&machine.id).await, PREPARED);
 
     // After the group was made, before the fork.
-    jail.cgroup().create(&clawpot_host::cgroup::Limits::default()).unwrap();
+    jail.cgroup().create(&LIMITS).unwrap();
     assert_eq!(jails.inspect(&machine.id).await, PREPARED);
 
     // After the fork, before anything was written down.
@@ -177,17 +184,120 @@ async fn a_vmm_that_cannot_start_leaves_a_prepared_machine_and_says_why() {
     let machine = place.machine();
     let (jails, consoles) = jails(&place);
     jails.prepare(&machine).await.unwrap();
-    let error = jails.start(&machine.id, |_| Ok(Spawn::new("/nonexistent/vmm"))).await.unwrap_err();
+    let error = jails.start(&machine.id, LIMITS, |_| Ok(Spawn::new("/nonexistent/vmm"))).await.unwrap_err();
     assert!(error.chain().contains("starting /nonexistent/vmm: executing it: No such file"), "{}", error.chain());
     assert_eq!(jails.inspect(&machine.id).await, PREPARED);
 
     // One that ends at once: what it said is kept.
-    jails.start(&machine.id, |_| Ok(shell("echo bad kernel >&2; exit 1"))).await.unwrap();
+    jails.start(&machine.id, LIMITS, |_| Ok(shell("echo bad kernel >&2; exit 1"))).await.unwrap();
     jails.exited(&machine.id).await;
     assert_eq!(jails.inspect(&machine.id).await, exited("exit status 1"));
     assert_eq!(consoles.tail(&machine.id.vm, 1).await.unwrap(), ["bad kernel"]);
     jails.destroy(&machine.id).await.unwrap();
     place.nothing_left(&jails.list().unwrap());
+}
+
+/// Linux 6.18 kills whatever is born into a group that was killed once.
+#[tokio::test]
+async fn a_machine_killed_before_its_start_can_be_started() {
+    if !needs_root() {
+        return;
+    }
+    let place = Place::new();
+    let machine = place.machine();
+    let (jails, _) = jails(&place);
+    jails.prepare(&machine).await.unwrap();
+    // A start that made the group and failed, or a daemon that died between fork and writing it down; then a stop.
+    for spawned in [false, true] {
+        if spawned {
+            let group = jails.jail(&machine.id).unwrap().cgroup().clone();
+            shell("exec sleep 60").cgroup(&group).unwrap().spawn().unwrap();
+        } else {
+            jails.start(&machine.id, LIMITS, |_| Ok(Spawn::new("/nonexistent/vmm"))).await.unwrap_err();
+        }
+        jails.stop(&machine.id).unwrap();
+        jails.exited(&machine.id).await;
+        assert_eq!(jails.inspect(&machine.id).await, PREPARED);
+    }
+    jails.start(&machine.id, LIMITS, |_| Ok(shell("exec sleep 60"))).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(jails.inspect(&machine.id).await, RUNNING);
+    jails.stop(&machine.id).unwrap();
+    jails.exited(&machine.id).await;
+    jails.destroy(&machine.id).await.unwrap();
+    place.nothing_left(&jails.list().unwrap());
+}
+
+/// By the kernel's word, in whichever hierarchy it keeps the controller.
+fn limited(jail: &Jail, controller: &str, v1: &str, v2: &str) -> String {
+    let groups = Cgroups::find().unwrap();
+    let mounted = Path::new("/sys/fs/cgroup").join(controller).join(jail.cgroup().name());
+    let file = if mounted.exists() { mounted.join(v1) } else { groups.root().join(jail.cgroup().name()).join(v2) };
+    std::fs::read_to_string(file).unwrap().trim().to_owned()
+}
+
+#[tokio::test]
+async fn limits_hold_from_soon_after_the_start_and_for_an_adopted_machine() {
+    if !needs_root() {
+        return;
+    }
+    let groups = Cgroups::find().unwrap();
+    if let Some(missing) = groups.missing().unwrap().first() {
+        eprintln!("SKIPPED: {}: {}", missing.controller, missing.why);
+        return;
+    }
+    let place = Place::new();
+    let machine = place.machine();
+    let (first, _) = jails(&place);
+    first.prepare(&machine).await.unwrap();
+    let limits = Limits { memory: Some(256 << 20), pids: Some(3), cpu: Some(1500) };
+    // One more process for each line that it is told.
+    let script = "echo up; while read line; do sleep 60 & done <feed; exec sleep 60";
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        first.jail(&machine.id).unwrap().file("feed"),
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::from_raw_mode(0o600),
+        0,
+    )
+    .unwrap();
+    let started = Instant::now();
+    let program = move |jail: &Jail| Ok(shell(script).cwd(jail.root()));
+    first.start(&machine.id, limits, program).await.unwrap();
+    eprintln!("started within {:?}", started.elapsed());
+    let jail = first.jail(&machine.id).unwrap();
+    assert_eq!(limited(&jail, "memory", "memory.limit_in_bytes", "memory.max"), (256 << 20).to_string());
+    assert_eq!(limited(&jail, "pids", "pids.max", "pids.max"), "3");
+    assert!(limited(&jail, "cpu", "cpu.cfs_quota_us", "cpu.max").starts_with("150000"));
+    common::until("the limits", async || limited(&jail, "pids", "pids.current", "pids.current") == "1").await;
+    eprintln!("confined within {:?}", started.elapsed());
+
+    // Another daemon finds one that was not moved in time: a process of the group that is in no other.
+    let stray = shell("exec sleep 60").cgroup(jail.cgroup()).unwrap().spawn().unwrap();
+    drop(first);
+    let (second, _) = jails(&place);
+    second.attach(&machine.id).unwrap();
+    common::until("the limits", async || limited(&jail, "pids", "pids.current", "pids.current") == "2").await;
+    // Two are there, one more comes, and no fourth.
+    let mut feed = File::options().write(true).open(jail.file("feed")).unwrap();
+    std::io::Write::write_all(&mut feed, b"1\n2\n3\n4\n").unwrap();
+    drop(feed);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(jail.cgroup().members().unwrap().len() <= 3);
+
+    second.stop(&machine.id).unwrap();
+    second.exited(&machine.id).await;
+    stray.wait().await.unwrap();
+    // What is left in one hierarchy is found, and goes.
+    std::fs::remove_dir(jail.cgroup().path()).unwrap();
+    std::fs::remove_dir_all(jail.dir()).unwrap();
+    if groups.is_hybrid() {
+        assert_eq!(second.list().unwrap(), vec![machine.id.clone()]);
+        assert_eq!(second.inspect(&machine.id).await, exited("its directory is gone"));
+    }
+    second.destroy(&machine.id).await.unwrap();
+    assert_eq!(second.inspect(&machine.id).await, Fact::Absent);
+    place.nothing_left(&second.list().unwrap());
 }
 
 #[tokio::test]
@@ -200,7 +310,7 @@ async fn two_instances_see_only_their_own() {
     let (ours, _) = jails(&one);
     let (theirs, _) = jails(&two);
     ours.prepare(&machine).await.unwrap();
-    ours.start(&machine.id, |_| Ok(shell("exec sleep 60"))).await.unwrap();
+    ours.start(&machine.id, LIMITS, |_| Ok(shell("exec sleep 60"))).await.unwrap();
     assert_eq!(theirs.inspect(&machine.id).await, Fact::Absent);
     theirs.stop(&machine.id).unwrap();
     theirs.destroy(&machine.id).await.unwrap();
@@ -224,7 +334,7 @@ async fn output_is_bounded_and_never_blocks_the_vmm() {
     jails.prepare(&machine).await.unwrap();
     // 8 MiB, some of it dropped; `head` minds a full pipe no more than a VMM does.
     let script = "yes | head -c 8388608 2>/dev/null; exit 5";
-    jails.start(&machine.id, move |_| Ok(shell(script))).await.unwrap();
+    jails.start(&machine.id, LIMITS, move |_| Ok(shell(script))).await.unwrap();
     let started = Instant::now();
     tokio::time::timeout(Duration::from_secs(30), jails.exited(&machine.id)).await.unwrap();
     eprintln!("8 MiB printed within {:?}", started.elapsed());

@@ -12,45 +12,12 @@ use std::time::{Duration, Instant};
 use clawpot_core::ports::{BootFiles, Console, GuestEndpoint, Machine, Vmm};
 use clawpot_core::{Fact, VmmFact};
 use clawpot_host::process::{Tool, find_program};
-use clawpot_types::guest::{LINK_PREFIX, MANAGEMENT_HOST_ADDRESS, MANAGEMENT_TAP, TAP};
 use clawpot_types::{Digest, MiB};
 use clawpot_vmm::console::Consoles;
 use clawpot_vmm::qemu::qmp::Qmp;
 use clawpot_vmm::qemu::{Config, Qemu};
-use common::{Place, needs_root};
-
-/// A network namespace that lives as long as this does, with the two taps of a slot.
-struct Netns {
-    path: PathBuf,
-    _end: std::sync::mpsc::Sender<()>,
-}
-
-impl Netns {
-    async fn new(uid: u32) -> Self {
-        let (tell, told) = std::sync::mpsc::channel();
-        let (end, ended) = std::sync::mpsc::channel::<()>();
-        std::thread::spawn(move || {
-            // SAFETY: only this thread's network namespace changes, no memory or descriptor is unshared.
-            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
-            let thread = rustix::thread::gettid().as_raw_nonzero();
-            tell.send(PathBuf::from(format!("/proc/{}/task/{thread}/ns/net", std::process::id()))).unwrap();
-            ended.recv().unwrap_err();
-        });
-        let netns = Self { path: told.recv().unwrap(), _end: end };
-        for tap in [TAP, MANAGEMENT_TAP] {
-            netns.ip(&format!("tuntap add dev {tap} mode tap user {uid} vnet_hdr")).await;
-            netns.ip(&format!("link set {tap} up")).await;
-        }
-        netns.ip(&format!("address add {MANAGEMENT_HOST_ADDRESS}/{LINK_PREFIX} dev {MANAGEMENT_TAP}")).await;
-        netns
-    }
-
-    async fn ip(&self, command: &str) {
-        let netns = clawpot_host::netns::open(&self.path).unwrap();
-        let ip = Tool::new(find_program("ip", None).unwrap()).args(command.split(' '));
-        ip.with(|spawn| spawn.netns(netns)).run().await.unwrap();
-    }
-}
+use common::{Netns, Place, needs_root};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 struct World {
     place: Place,
@@ -78,7 +45,8 @@ impl World {
         }
         let place = Place::new();
         let mut machine = place.machine();
-        let netns = Netns::new(machine.seat.uid).await;
+        let netns = Netns::new().await;
+        netns.taps(machine.seat.uid).await;
         machine.seat.netns = netns.path.clone();
         let (consoles, qemu) = daemon(&place).await;
         Some(Self { place, _netns: netns, machine, consoles, qemu })
@@ -207,6 +175,8 @@ async fn a_guest_boots_is_adopted_and_dies() {
     eprintln!("agent listens after {:?}", started.elapsed());
 
     confined(&world);
+    limited(&world);
+    greeted_through_its_socket(&world).await;
 
     let socket = world.place.file(&format!("jail/qemu/{}/root/api.sock", machine.id));
     let mut qmp = Qmp::connect(&socket).await.unwrap();
@@ -222,11 +192,41 @@ async fn a_guest_boots_is_adopted_and_dies() {
     qemu.attach(&machine.id, &machine.seat).await.unwrap();
     assert_eq!(qemu.inspect(&machine.id).await, RUNNING);
     clawpot_host::netns::connect_tcp_in(&netns, address, second).await.unwrap();
+    greeted_through_its_socket(&world).await;
     world.qemu.stop(&machine.id).await.unwrap();
     qemu.exited(&machine.id).await;
     assert!(matches!(qemu.inspect(&machine.id).await, Fact::Present(VmmFact::Exited { .. })));
     (world.consoles, world.qemu) = (consoles, qemu);
     world.end().await;
+}
+
+/// Its `CONNECT` socket leads to the agent, which speaks HTTP/2: SETTINGS come first.
+async fn greeted_through_its_socket(world: &World) {
+    let jail = world.place.file(&format!("jail/qemu/{}", world.machine.id));
+    assert_eq!(std::fs::metadata(&jail).unwrap().mode() & 0o777, 0o700, "root's alone");
+    let mut stream = clawpot_host::unix::connect(&jail.join("v.sock")).await.unwrap();
+    clawpot_host::connect::connect(&mut stream, 10051).await.unwrap();
+    // The preface and empty SETTINGS of our own.
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let mut frame = [0; 9];
+    let read = tokio::time::timeout(Duration::from_secs(5), stream.read_exact(&mut frame)).await;
+    read.unwrap().unwrap();
+    assert_eq!((frame[3], &frame[5..]), (4, &[0; 4][..]), "not SETTINGS: {frame:?}");
+}
+
+/// The process is under the limits of every controller that this host has.
+fn limited(world: &World) {
+    let groups = clawpot_host::cgroup::Cgroups::find().unwrap();
+    let name = format!("clawpot/{}/{}", world.place.instance, world.machine.id);
+    let group = groups.group(&name).unwrap();
+    let [member] = &group.members().unwrap()[..] else { panic!("not one process") };
+    let text = std::fs::read_to_string(format!("/proc/{}/cgroup", member.pid)).unwrap();
+    let missing: Vec<_> = groups.missing().unwrap().iter().map(|missing| missing.controller).collect();
+    for controller in ["memory", "pids", "cpu"].iter().filter(|controller| !missing.contains(controller)) {
+        // "4:memory:/clawpot/…"; without such a line it is version 2's.
+        let v1 = text.lines().find(|line| line.split(':').nth(1).unwrap().split(',').any(|name| name == *controller));
+        assert!(v1.is_none_or(|line| line.ends_with(&name)), "{controller} in {text}");
+    }
 }
 
 /// Another user, another namespace, another directory, no capabilities, and nothing of ours open.

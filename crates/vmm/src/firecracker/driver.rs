@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use clawpot_core::ports::{Capabilities, GuestEndpoint, Machine, Seat, Vmm};
 use clawpot_core::{Fact, MachineId, VmmFact, VmmKind};
 use clawpot_host::process::{Rlimits, Spawn, find_program};
-use clawpot_types::{InstanceId, Result};
+use clawpot_types::{Error, InstanceId, MiB, Result};
 
 use super::api::Boot;
 use super::boot::{self, Site};
@@ -15,7 +15,7 @@ use super::libs::{PROGRAM, Toolbox};
 use super::{jailer, probe};
 use crate::cmdline::{self, Transport};
 use crate::console::Consoles;
-use crate::jail::{Jail, Jails, VSOCK};
+use crate::jail::{Jail, Jails, Overhead, VSOCK};
 
 /// What an operator may say about Firecracker.
 #[derive(Clone, Debug, Default)]
@@ -41,6 +41,10 @@ impl Config {
         Ok((program, jailer))
     }
 }
+
+/// It promises under 5 MiB of its own beside the guest's memory, and has two threads beside one for each CPU. What it reads
+/// and writes of its disks counts as well, though it is given up under the limit.
+const OVERHEAD: Overhead = Overhead { memory: MiB(192), memory_per_vcpu: MiB(8), threads: 64 };
 
 /// Runs each VM in a Firecracker inside the jailer's chroot. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -112,6 +116,13 @@ fn spawn(toolbox: &Toolbox, base: &Path, jail: &Jail, machine: &Machine) -> Resu
     Ok(jailer_with(toolbox, jailer::arguments(toolbox, base, &id, &jailer::Inmate::of(&machine.seat))))
 }
 
+/// Firecracker's own socket under the name that every VM's has. It cannot put another in its place: its root is taken from
+/// it before the guest runs.
+fn link_socket(jail: &Jail) -> Result<()> {
+    std::os::unix::fs::symlink(Path::new("root").join(VSOCK), jail.socket())
+        .map_err(|error| Error::io(format!("linking {} to its socket", jail.socket().display()), error))
+}
+
 /// The jailer starts as root and becomes the inmate itself.
 pub(super) fn jailer_with(toolbox: &Toolbox, args: Vec<OsString>) -> Spawn {
     let rlimits = Rlimits { nofile: jailer::OPEN_FILES, ..Rlimits::default() };
@@ -130,12 +141,13 @@ impl Vmm for Firecracker {
     }
 
     async fn prepare(&self, machine: &Machine) -> Result<()> {
-        self.jails.prepare(machine).await
+        self.jails.prepare_with(machine, link_socket).await
     }
 
     async fn start(&self, machine: &Machine) -> Result<()> {
         let (toolbox, base, described) = (self.toolbox.clone(), self.state.join("jail"), machine.clone());
-        self.jails.start(&machine.id, move |jail| spawn(&toolbox, &base, jail, &described)).await?;
+        let limits = OVERHEAD.of(machine);
+        self.jails.start(&machine.id, limits, move |jail| spawn(&toolbox, &base, jail, &described)).await?;
         self.boot(&machine.id, &machine.seat).await
     }
 

@@ -5,6 +5,7 @@
 //!   machine.json    written last: without it the directory is half made
 //!   console         FIFO, the VMM's stdout and stderr
 //!   process.json    who was started; without it nobody was
+//!   v.sock          `CONNECT <port>`: served by us, or a link to the VMM's own
 //!   root/           owned by the slot's uid: the VMM's working directory
 //!     kernel initramfs rootfs     hard links to root's 0444 files
 //!     disk                        hard link to the VM's disk, owned by the slot's uid
@@ -20,6 +21,7 @@
 //!
 //! Nothing here is synced: a power failure ends every machine anyway.
 
+mod confine;
 mod directory;
 mod process;
 
@@ -29,11 +31,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clawpot_core::ports::Machine;
 use clawpot_core::{Fact, MachineId, VmmFact, VmmKind};
-use clawpot_host::cgroup::{Cgroup, Cgroups};
+use clawpot_host::cgroup::{Cgroup, Cgroups, Limits, Missing};
 use clawpot_host::process::{Child, Spawn};
 use clawpot_types::{Error, InstanceId, Kind, Result};
 
 use crate::console::Consoles;
+use crate::relay::{Guest, Relays};
+use confine::Confiner;
+pub use confine::Overhead;
 
 /// Names inside a machine's `root`, the same for every VM: a snapshot names nothing that differs.
 pub const KERNEL: &str = "kernel";
@@ -56,7 +61,11 @@ struct Inner {
     /// `clawpot/<instance>`, in which each machine has its group.
     group: String,
     cgroups: Cgroups,
+    /// What this host cannot limit a machine by.
+    unlimited: Vec<Missing>,
+    confiner: Confiner,
     consoles: Consoles,
+    relays: Relays,
     /// Processes that this daemon started; how they end is known.
     children: Mutex<BTreeMap<MachineId, Arc<Child>>>,
 }
@@ -98,6 +107,19 @@ impl Jail {
         &self.cgroup
     }
 
+    /// Leads to the guest's ports, see [`crate::relay`]. Beside the root, where no VMM can put something else.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join(VSOCK)
+    }
+
+    async fn exited(&self) {
+        while let Err(error) = self.cgroup.empty().await {
+            tracing::warn!(machine = %self.id, error = error.chain(), "waiting for a machine's end");
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        }
+    }
+
     fn console(&self) -> PathBuf {
         self.dir.join("console")
     }
@@ -114,11 +136,19 @@ impl Jail {
 impl Jails {
     /// `state`: the server's state directory; directories are made when the first machine is prepared.
     pub fn new(state: &Path, instance: &InstanceId, kind: VmmKind, consoles: Consoles) -> Result<Self> {
+        let cgroups = Cgroups::find()?;
+        let unlimited = cgroups.missing()?;
+        for Missing { controller, why } in &unlimited {
+            tracing::warn!(vmm = kind.as_str(), controller, why, "machines are without this limit");
+        }
         let inner = Inner {
             base: state.join("jail").join(kind.as_str()),
             group: format!("clawpot/{instance}"),
-            cgroups: Cgroups::find()?,
+            cgroups,
+            unlimited,
+            confiner: Confiner::default(),
             consoles,
+            relays: Relays::default(),
             children: Mutex::default(),
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -156,24 +186,47 @@ impl Jails {
         .await
     }
 
-    /// Starts the VMM, once prepared: `spawn` (run where blocking is fine) says which program with what; group, standard
-    /// output and error are added here. A living machine is left as it is.
+    /// Starts the VMM under `limits`, once prepared: `spawn` (run where blocking is fine) says which program with what;
+    /// group, standard output and error are added here. A living machine is left as it is. Limits of version-1 hierarchies
+    /// hold from a moment later on, while the guest's kernel boots; see [`confine`].
     /// `FailedPrecondition`: it is not prepared, or it ran already.
-    pub async fn start<F>(&self, id: &MachineId, spawn: F) -> Result<()>
+    pub async fn start<F>(&self, id: &MachineId, limits: Limits, spawn: F) -> Result<()>
     where
         F: FnOnce(&Jail) -> Result<Spawn> + Send + 'static,
     {
         // Before the process: what a FIFO holds is gone with the last one who has it open.
-        self.attach(id)?;
+        self.drain(id)?;
         let this = self.clone();
-        self.blocking("starting", id, move |jail| process::start(&this, &jail, spawn)).await
+        self.blocking("starting", id, move |jail| process::start(&this, &jail, &limits, spawn)).await?;
+        self.confine(id)
     }
 
-    /// Sees to it that the console is drained, from now on. To be called inside a runtime.
+    /// Sees to it that the console is drained and the limits hold, from now on. To be called inside a runtime.
     pub fn attach(&self, id: &MachineId) -> Result<()> {
+        self.drain(id)?;
+        self.confine(id)
+    }
+
+    fn drain(&self, id: &MachineId) -> Result<()> {
         let jail = self.jail(id)?;
         let drained = self.inner.consoles.drain(id, &jail.console());
         drained.map_err(|error| error.context(format!("machine {id}: draining its console")))
+    }
+
+    /// Off the caller's path.
+    fn confine(&self, id: &MachineId) -> Result<()> {
+        if self.inner.cgroups.is_hybrid() {
+            self.inner.confiner.confine(id, self.jail(id)?.cgroup);
+        }
+        Ok(())
+    }
+
+    /// Serves the machine's socket while it lives. Again is fine. To be called inside a runtime.
+    pub fn serve(&self, id: &MachineId, guest: Guest) -> Result<()> {
+        let jail = self.jail(id)?;
+        let (socket, what) = (jail.socket(), format!("machine {id}: serving its socket"));
+        let served = self.inner.relays.serve(id, &socket, guest, async move { jail.exited().await });
+        served.map_err(|error| error.context(what))
     }
 
     /// What is there of the machine.
@@ -194,7 +247,8 @@ impl Jails {
     fn look(&self, jail: &Jail) -> Result<Option<VmmFact>> {
         match (jail.cgroup().populated()?, directory::look(jail)?) {
             (Some(true), _) => Ok(Some(VmmFact::Running { attached: self.inner.consoles.is_drained(jail.id()) })),
-            (None, directory::State::Absent) => Ok(None),
+            // Not even in a hierarchy that only limits.
+            (None, directory::State::Absent) if !jail.cgroup().exists()? => Ok(None),
             (_, directory::State::Prepared) => Ok(Some(VmmFact::Prepared)),
             (_, state) => Ok(Some(VmmFact::Exited { how: state.explain().to_owned() })),
         }
@@ -202,10 +256,8 @@ impl Jails {
 
     /// Returns once no process of the machine is left.
     pub async fn exited(&self, id: &MachineId) {
-        let Ok(jail) = self.jail(id) else { return };
-        while let Err(error) = jail.cgroup().empty().await {
-            tracing::warn!(machine = %id, error = error.chain(), "waiting for a machine's end");
-            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        if let Ok(jail) = self.jail(id) {
+            jail.exited().await;
         }
     }
 
@@ -223,6 +275,7 @@ impl Jails {
             return Err(Error::new(Kind::FailedPrecondition, format!("{}: its processes live", what())));
         }
         self.inner.consoles.finish(id).await;
+        self.inner.relays.finish(id).await;
         self.blocking("removing", id, move |jail| directory::remove(&jail)).await?;
         jail.cgroup().remove().await.map_err(|error| error.context(what()))?;
         self.children().remove(id);

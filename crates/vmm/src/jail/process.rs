@@ -10,7 +10,7 @@ use clawpot_types::{Error, Kind, Result};
 
 use super::{Jail, Jails};
 
-pub(super) fn start<F>(jails: &Jails, jail: &Jail, spawn: F) -> Result<()>
+pub(super) fn start<F>(jails: &Jails, jail: &Jail, limits: &Limits, spawn: F) -> Result<()>
 where
     F: FnOnce(&Jail) -> Result<Spawn>,
 {
@@ -22,8 +22,7 @@ where
         }
         None => return Err(Error::new(Kind::FailedPrecondition, "it is not prepared")),
     }
-    // Limits come with quotas; the group is where they go.
-    jail.cgroup().create(&Limits::default())?;
+    jail.cgroup().create(&limits.without(&jails.inner.unlimited))?;
     jails.inner.consoles.begin(jail.id())?;
     let output = || crate::console::open(&jail.console()).map(Output::To);
     let child = spawn(jail)?.stdout(output()?).stderr(output()?).cgroup(jail.cgroup())?.spawn()?;

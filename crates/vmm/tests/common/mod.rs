@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use clawpot_core::MachineId;
 use clawpot_core::ports::{BootFiles, Machine, Seat};
+use clawpot_host::process::{Tool, find_program};
+use clawpot_types::guest::{LINK_PREFIX, MANAGEMENT_HOST_ADDRESS, MANAGEMENT_TAP, TAP};
 use clawpot_types::{Digest, Incarnation, InstanceId, MiB, Slot, Vcpus, VmId};
 
 /// A state directory of this test's own, beside the build's output: on one file system with the images.
@@ -86,6 +88,7 @@ impl Place {
                 assert_eq!(std::fs::read_dir(kind.unwrap().path()).unwrap().count(), 0);
             }
         }
+        // In no hierarchy.
         let groups = clawpot_host::cgroup::Cgroups::find().unwrap();
         assert!(!groups.group(&format!("clawpot/{}", self.instance)).unwrap().exists().unwrap());
     }
@@ -96,19 +99,58 @@ impl Drop for Place {
     fn drop(&mut self) {
         let groups = clawpot_host::cgroup::Cgroups::find().unwrap();
         let parent = format!("clawpot/{}", self.instance);
-        for name in groups.list(&parent).unwrap() {
-            let group = groups.group(&format!("{parent}/{name}")).unwrap();
-            group.kill().unwrap();
-            for _ in 0..500 {
-                if group.populated().unwrap() != Some(true) {
-                    break;
-                }
-                std::thread::sleep(Duration::from_millis(10));
+        let left = groups.list(&parent).unwrap();
+        let clear = async {
+            for name in &left {
+                let group = groups.group(&format!("{parent}/{name}")).unwrap();
+                group.kill().unwrap();
+                group.empty().await.unwrap();
+                group.remove().await.unwrap();
             }
-            std::fs::remove_dir(group.path()).unwrap();
+        };
+        // Not on a thread that runs a test's runtime.
+        std::thread::scope(|scope| {
+            let run = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(clear);
+            scope.spawn(run).join().unwrap();
+        });
+    }
+}
+
+/// A network namespace that lives as long as this does, with a loopback device that is up.
+pub struct Netns {
+    pub path: PathBuf,
+    _end: std::sync::mpsc::Sender<()>,
+}
+
+impl Netns {
+    pub async fn new() -> Self {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        std::thread::spawn(move || {
+            // SAFETY: only this thread's network namespace changes, no memory or descriptor is unshared.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
+            let thread = rustix::thread::gettid().as_raw_nonzero();
+            tell.send(PathBuf::from(format!("/proc/{}/task/{thread}/ns/net", std::process::id()))).unwrap();
+            ended.recv().unwrap_err();
+        });
+        let netns = Self { path: told.recv().unwrap(), _end: end };
+        netns.ip("link set lo up").await;
+        netns
+    }
+
+    /// The two taps of a slot.
+    pub async fn taps(&self, uid: u32) {
+        for tap in [TAP, MANAGEMENT_TAP] {
+            self.ip(&format!("tuntap add dev {tap} mode tap user {uid} vnet_hdr")).await;
+            self.ip(&format!("link set {tap} up")).await;
         }
-        std::fs::remove_dir(groups.root().join(&parent)).ok();
-        std::fs::remove_dir(groups.root().join("clawpot")).ok();
+        self.ip(&format!("address add {MANAGEMENT_HOST_ADDRESS}/{LINK_PREFIX} dev {MANAGEMENT_TAP}")).await;
+    }
+
+    async fn ip(&self, command: &str) {
+        let netns = clawpot_host::netns::open(&self.path).unwrap();
+        let ip = Tool::new(find_program("ip", None).unwrap()).args(command.split(' '));
+        ip.with(|spawn| spawn.netns(netns)).run().await.unwrap();
     }
 }
 

@@ -99,6 +99,9 @@ async fn a_machines_life() {
     let GuestEndpoint::Vsock(path) = driver.attach(id, &machine.seat).await.unwrap() else { panic!("not vsock") };
     assert!(std::fs::symlink_metadata(&path).unwrap().file_type().is_socket());
     clawpot_host::unix::connect(&path).await.unwrap();
+    // Beside the root lies the name that every VM's has.
+    let own = std::fs::read_link(corner.root().with_file_name("v.sock")).unwrap();
+    assert_eq!(corner.root().with_file_name(own), path);
     assert_eq!(driver.inspect(id).await, Fact::Present(VmmFact::Running { attached: true }));
     assert_eq!(driver.destroy(id).await.unwrap_err().kind(), Kind::FailedPrecondition);
     end(&corner, &driver).await;
