@@ -58,6 +58,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Backup { file } => app::backup(&config, &file),
         Command::Serve => {
             init_logs(config.log_format);
+            clawpot_host::process::raise_open_files()?;
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
                 .enable_all()

@@ -85,6 +85,19 @@ async fn descriptors_change_places_without_loss() {
 }
 
 #[tokio::test]
+async fn a_daemon_may_have_more_open_than_its_child_may() {
+    if clawpot_host::process::raise_open_files().unwrap() < 1000 {
+        eprintln!("SKIPPED: the limit of open files is under 1000");
+        return;
+    }
+    let open: Vec<_> = (0..600).map(|_| File::open("/dev/null").unwrap()).collect();
+    let limits = Rlimits { nofile: 300, core: 0 };
+    let child = shell("[ $(ulimit -n) = 300 ]").rlimits(limits).spawn().unwrap();
+    assert_eq!(child.wait().await.unwrap(), Exit::Code(0));
+    drop(open);
+}
+
+#[tokio::test]
 async fn what_cannot_be_executed_is_told_exactly() {
     let error = Spawn::new("/nonexistent/vmm").spawn().unwrap_err();
     assert_eq!(error.kind(), Kind::NotFound);

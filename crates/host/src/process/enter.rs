@@ -49,9 +49,9 @@ pub(super) enum Step {
     Session,
     Cgroup,
     Netns,
-    Limits,
     Directory,
     Descriptors,
+    Limits,
     Capabilities,
     User,
     NoNewPrivs,
@@ -192,11 +192,12 @@ fn become_program(plan: &mut Plan<'_>) -> Done<Never> {
     if let Some(netns) = plan.netns {
         call(Step::Netns, libc::SYS_setns, [long(netns), long(libc::CLONE_NEWNET), 0, 0, 0])?;
     }
-    set_limits(plan)?;
     if let Some(cwd) = plan.cwd {
         call(Step::Directory, libc::SYS_fchdir, [long(cwd), 0, 0, 0, 0])?;
     }
     place_descriptors(plan)?;
+    // Not earlier: the daemon may have more open than the program may.
+    set_limits(plan)?;
     if let Some(user) = plan.user {
         become_user(user)?;
     }

@@ -40,6 +40,17 @@ pub fn is_alive(pidfd: &impl AsFd) -> Result<bool, Errno> {
     }
 }
 
+/// Lets this process have as many descriptors open as it ever may: the 1024 that a service gets by default are for programs
+/// that use `select`, and a machine takes about eight. Children are given theirs by [`Rlimits`]. Gives the number.
+pub fn raise_open_files() -> Result<u64> {
+    let resource = rustix::process::Resource::Nofile;
+    let limit = rustix::process::getrlimit(resource);
+    let raised = rustix::process::Rlimit { current: limit.maximum, ..limit };
+    rustix::process::setrlimit(resource, raised)
+        .map_err(|errno| crate::failed("raising the limit of open files", errno))?;
+    Ok(limit.maximum.unwrap_or(u64::MAX))
+}
+
 /// Returns once the process behind `pidfd` has ended; at once if it has. Needs not be a child. Cancellation is harmless.
 pub async fn ended(pidfd: &impl AsFd) -> Result<()> {
     let failed = |error| Error::io("waiting for a process to end", error);
@@ -77,6 +88,13 @@ pub fn find_program(name: &str, path: Option<&OsStr>) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_descriptors_may_be_used() {
+        let most = raise_open_files().unwrap();
+        let now = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        assert_eq!((now.current, now.maximum.unwrap_or(u64::MAX)), (now.maximum, most));
+    }
 
     #[test]
     fn programs_are_found_or_named() {
