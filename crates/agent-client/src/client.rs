@@ -97,9 +97,9 @@ impl Guest for AgentClient {
         input: BoxStream<ExecInput>,
     ) -> Result<BoxStream<Result<ExecOutput>>> {
         let channel = self.channel(id, endpoint).await?;
-        let (frames, offsets) = exec::outgoing(input);
+        let (frames, attachment) = exec::outgoing(input);
         match Self::wire(channel).exec(frames).await {
-            Ok(answer) => Ok(exec::incoming(answer.into_inner(), offsets)),
+            Ok(answer) => Ok(exec::incoming(answer.into_inner(), attachment)),
             Err(status) => Err(self.failed(id, "opening an exec", &status)),
         }
     }

@@ -18,24 +18,35 @@ pub struct Offsets {
     stderr: u64,
 }
 
-/// The caller's frames on the wire, and from where output is expected: told by the first of them.
-pub fn outgoing(input: BoxStream<ExecInput>) -> (impl FrameStream<Item = v1::ExecInput> + Send + 'static, Expected) {
+/// The caller's frames on the wire, and what [`incoming`] needs: from where output is expected, told by the first of them.
+///
+/// They end with the caller's, or when nobody holds the output any more: an input that stays open keeps its HTTP/2 stream,
+/// that its connection, and that the guest's network namespace.
+pub fn outgoing(input: BoxStream<ExecInput>) -> (impl FrameStream<Item = v1::ExecInput> + Send + 'static, Attachment) {
     let (tell, expected) = tokio::sync::watch::channel(Offsets::default());
+    let (held, dropped) = tokio::sync::oneshot::channel();
     let frames = input.map(move |input| {
         if let ExecInput::Attach(attach) = &input {
             tell.send_replace(Offsets { stdout: attach.stdout, stderr: attach.stderr });
         }
         v1::ExecInput { frame: Some(frame(input)) }
     });
-    (frames, expected)
+    (frames.take_until(dropped), Attachment { expected, held })
 }
 
-pub type Expected = tokio::sync::watch::Receiver<Offsets>;
+/// What the output of an exec has to do with its input.
+#[derive(Debug)]
+pub struct Attachment {
+    expected: tokio::sync::watch::Receiver<Offsets>,
+    /// Never sent on: the input ends when it is dropped.
+    held: tokio::sync::oneshot::Sender<()>,
+}
 
 /// The guest's frames. Ends after the last one of an exec, with an error at the first that breaks the rules.
-pub fn incoming(frames: Streaming<v1::ExecOutput>, expected: Expected) -> BoxStream<Result<ExecOutput>> {
+pub fn incoming(frames: Streaming<v1::ExecOutput>, attachment: Attachment) -> BoxStream<Result<ExecOutput>> {
+    let Attachment { expected, held } = attachment;
     let state = Some((frames, expected, None));
-    Box::pin(futures_util::stream::unfold(state, |state| async move {
+    let mut checked = Box::pin(futures_util::stream::unfold(state, |state| async move {
         let (mut frames, expected, offsets) = state?;
         let checked = match frames.message().await {
             Ok(Some(message)) => {
@@ -53,6 +64,11 @@ pub fn incoming(frames: Streaming<v1::ExecOutput>, expected: Expected) -> BoxStr
             Ok((output, offsets)) => Some((Ok(output), Some((frames, expected, Some(offsets))))),
             Err(error) => Some((Err(error), None)),
         }
+    }));
+    Box::pin(futures_util::stream::poll_fn(move |cx| {
+        // Held as long as this stream, also after its last frame: the caller may still acknowledge that.
+        let _held = &held;
+        checked.poll_next_unpin(cx)
     }))
 }
 

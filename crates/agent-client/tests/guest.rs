@@ -253,3 +253,49 @@ async fn a_broken_connection_is_dialled_anew() {
     client.hello(&machine(1), &endpoint).await.unwrap();
     server.abort();
 }
+
+/// An agent that says `started` and no more, and tells when its caller's input is over.
+struct Patient(mpsc::Sender<()>);
+
+#[tonic::async_trait]
+impl Agent for Patient {
+    async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    type ExecStream = futures_util::stream::BoxStream<'static, Result<v1::ExecOutput, Status>>;
+
+    async fn exec(&self, request: Request<Streaming<v1::ExecInput>>) -> Result<Response<Self::ExecStream>, Status> {
+        let (mut input, over) = (request.into_inner(), self.0.clone());
+        tokio::spawn(async move {
+            while let Ok(Some(_)) = input.message().await {}
+            over.send(()).await.unwrap_or_default();
+        });
+        let started = v1::ExecStarted { exec_id: id().to_string(), pid: 2, stdin_offset: 0 };
+        let first = Ok(v1::ExecOutput { frame: Some(Frame::Started(started)) });
+        Ok(Response::new(stream::iter([first]).chain(stream::pending()).boxed()))
+    }
+
+    async fn shutdown(&self, _: Request<ShutdownRequest>) -> Result<Response<ShutdownResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}
+
+/// Or the exec's HTTP/2 stream, its connection and the guest's network namespace would stay until the guest is given up.
+#[tokio::test]
+async fn an_exec_whose_output_nobody_holds_has_no_input_any_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("v.sock");
+    let (over, mut is_over) = mpsc::channel(1);
+    let incoming = connections(UnixListener::bind(&socket).unwrap());
+    let server = tonic::transport::Server::builder().add_service(AgentServer::new(Patient(over)));
+    let server = tokio::spawn(async { server.serve_with_incoming(incoming).await.unwrap() });
+
+    let client = AgentClient::new();
+    let open_for_ever = once(start(&["cat"])).chain(stream::pending()).boxed();
+    let mut output = client.exec(&machine(1), &GuestEndpoint::Vsock(socket), open_for_ever).await.unwrap();
+    assert!(matches!(output.next().await, Some(Ok(ExecOutput::Started { .. }))));
+    drop(output);
+    tokio::time::timeout(Duration::from_secs(5), is_over.recv()).await.unwrap().unwrap();
+    server.abort();
+}
