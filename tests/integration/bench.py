@@ -7,7 +7,6 @@ run: the same machine booted by hand, and a raw connection to the same agent.
 """
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
@@ -17,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,8 @@ GATEWAY_MAC = "02:ca:00:00:00:01"
 
 #: VMs that live at once, to see what one more costs.
 DENSITY = 4
-WARM_EXECS = 300
-BY_HAND = 3
+WARM_EXECS = 30
+WARM_TURNS = 10
 
 
 @dataclass
@@ -73,6 +72,8 @@ class Bench:
     rounds: int
     figures: list[Figure] = field(default_factory=list)
     targets: list[dict[str, Any]] = field(default_factory=list)
+    #: Only QEMU's command line can be started by hand.
+    hand: "Hand | None" = None
 
     def add(self, name: str, unit: str, samples: list[float], digits: int = 1) -> Figure:
         figure = Figure(name, unit, samples, digits)
@@ -96,6 +97,14 @@ class Bench:
 
     # What is measured, in order.
 
+    def first(self) -> None:
+        """The first VM of all formats the disk template and reads the image to verify it: once in a server's life."""
+        self.server.cli("create", "--wait", "--name", "first", "debian").ok()
+        vm = self.server.cli.inspect("first")
+        if vm["vmm"] == "qemu":
+            self.hand = Hand.like(self.server, vm["id"])
+        self.server.cli("rm", "first").ok()
+
     def idle(self) -> None:
         time.sleep(2)
         idle = self.resident_kib() / 1024
@@ -106,7 +115,12 @@ class Bench:
         self.add("server CPU, idle, no VM", "ms/s", [(self.cpu_ms() - began) / 5], 2)
 
     def lives(self) -> None:
-        lives = self.client("creates", "--socket", self.server.socket, "--rounds", self.rounds)
+        """One after the other, and between them the same machine by hand: both meet the same load of this host."""
+        lives, by_hand = [], []
+        for number in range(self.rounds):
+            lives += self.client("creates", "--socket", self.server.socket, "--rounds", 1)
+            if self.hand:
+                by_hand.append(self.hand.boot(number))
         for key, name in (
             ("accepted", "create → accepted (on disk)"),
             ("running", "create → running (seen by the client)"),
@@ -117,15 +131,15 @@ class Bench:
         timings = [life["timings"] for life in lives]
         ready = [sum(one[phase] for phase in ("accepted", "preparing", "booting")) / 1000 for one in timings]
         self.add("create → agent ready (the record's)", "ms", ready)
-        own = self.add(
-            "server's own time in a create (accepted + preparing)",
-            "ms",
-            [(t["accepted"] + t["preparing"]) / 1000 for t in timings],
-        )
+        taken = [(one["accepted"] + one["preparing"]) / 1000 for one in timings]
+        own = self.add("server's own time in a create (accepted + preparing)", "ms", taken)
         self.target("server's own time in a create, p50", own.p50, 15, "ms")
         for name in sorted({name for one in timings for name in one}):
             self.add(f"phase {name}", "ms", [one[name] / 1000 for one in timings if name in one])
-        self.booted = [one["booting"] / 1000 for one in timings]
+        if by_hand:
+            hand = self.add("the same machine by hand: QEMU's start → agent answers", "ms", by_hand)
+            ratio = statistics.median(one["booting"] / 1000 for one in timings) / hand.p50
+            self.target("boot to agent ready, against by hand, p50", ratio, 1.3, "×")
 
     def dense(self) -> None:
         spent, resident = [], []
@@ -145,53 +159,84 @@ class Bench:
         self.add(f"server CPU, {DENSITY} idle VMs", "ms/s", [(self.cpu_ms() - began) / 5], 2)
 
     def execs(self) -> None:
+        """In turns with raw round trips, so that both meet the same load."""
         vm = self.server.cli.inspect("bench-0")
         # One VM under measurement, and no other to share the CPUs with.
         for number in range(1, DENSITY):
             self.server.cli("rm", f"bench-{number}").ok()
-        trips = self.client("execs", "--socket", self.server.socket, "--vm", vm["id"], "--rounds", WARM_EXECS)
-        total = self.add("warm exec of /bin/true", "ms", [trip["total"] / 1000 for trip in trips], 2)
+        trips, raw = [], []
+        for _ in range(WARM_TURNS):
+            trips += self.client("execs", "--socket", self.server.socket, "--vm", vm["id"], "--rounds", WARM_EXECS)
+            if vm["vmm"] == "qemu":
+                (pid,) = self.server.vmm_pids(vm["id"])
+                inside = ["nsenter", f"--net=/proc/{pid}/ns/net", "--"]
+                raw += self.client("raw", "--address", AGENT, "--rounds", WARM_EXECS, before=inside)
+        self.add("warm exec of /bin/true", "ms", [trip["total"] / 1000 for trip in trips], 2)
         self.add("… of which spawn → exit in the guest", "ms", [trip["spawn_to_exit"] / 1000 for trip in trips], 2)
         ours = self.add("… the rest", "ms", [(trip["total"] - trip["spawn_to_exit"]) / 1000 for trip in trips], 2)
-        assert total.p50 > 0
-        if vm["vmm"] != "qemu":
-            return
-        (pid,) = self.server.vmm_pids(vm["id"])
-        inside = ["nsenter", f"--net=/proc/{pid}/ns/net", "--"]
-        raw = self.client("raw", "--address", AGENT, "--rounds", WARM_EXECS, before=inside)
-        self.add("raw TCP connect to the guest", "ms", [trip["connect"] / 1000 for trip in raw], 2)
-        trip = self.add("raw connect + HTTP/2 ping", "ms", [trip["total"] / 1000 for trip in raw], 2)
-        self.target("warm exec less spawn → exit, against raw connect + round trip, p50", ours.p50 / trip.p50, 1.5, "×")
+        relay = [trip["relay"] / 1000 for trip in trips]
+        self.add("the same way without a process (attach to no exec)", "ms", relay, 2)
+        if raw:
+            self.add("raw TCP connect to the guest", "ms", [trip["connect"] / 1000 for trip in raw], 2)
+            trip = self.add("raw connect + HTTP/2 ping", "ms", [trip["total"] / 1000 for trip in raw], 2)
+            self.target("warm exec less spawn → exit, against raw connect + round trip, p50", ours.p50 / trip.p50, 1.5, "×")
 
-    def by_hand(self) -> None:
-        vm = self.server.cli.inspect("bench-0")
-        if vm["vmm"] != "qemu":
-            return
-        (pid,) = self.server.vmm_pids(vm["id"])
+
+@dataclass
+class Hand:
+    """A machine that the server made, to be started again without it."""
+
+    argv: list[str]
+    files: Path
+
+    @classmethod
+    def like(cls, server: Server, vm_id: str) -> "Hand":
+        (pid,) = server.vmm_pids(vm_id)
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode().split("\0")
-        files = {path.name: path for path in Path(f"/proc/{pid}/cwd").resolve().iterdir() if path.is_file()}
-        # A new VM's disk, not one that is in use.
-        (files["disk"],) = self.server.state_dir.glob("templates/*[0-9].ext4")
-        took = []
-        for number in range(BY_HAND):
-            with _machine(self.server.state_dir.parent / f"hand-{number}", files) as (directory, netns):
-                took.append(self._boot(argv, directory, netns))
-        hand = self.add("the same machine by hand: QEMU's start → agent answers", "ms", took)
-        ratio = statistics.median(self.booted) / hand.p50
-        self.target("boot to agent ready, against by hand", ratio, 1.3, "×")
+        files = server.state_dir.parent / "hand"
+        files.mkdir()
+        # Read-only files are shared, as in the server's own machines; the disk is a new VM's.
+        for path in Path(f"/proc/{pid}/cwd").resolve().iterdir():
+            if path.is_file() and path.name != "disk":
+                (files / path.name).hardlink_to(path)
+        (template,) = server.state_dir.glob("templates/*[0-9].ext4")
+        run("cp", "--sparse=always", template, files / "disk")
+        return cls(argv, files)
 
-    def _boot(self, argv: list[str], directory: Path, netns: str) -> float:
-        words = ["nsenter", f"--net=/run/netns/{netns}", "--"]
-        answers = [*words, binaries() / "clawpot-bench", "answers", "--address", AGENT]
-        wait = subprocess.Popen([str(word) for word in answers], stdout=subprocess.PIPE)
-        began = time.monotonic()
-        log = (directory / "qemu.log").open("wb")
-        qemu = subprocess.Popen([*words, *_own_taps(argv)], cwd=directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    def boot(self, number: int) -> float:
+        """Milliseconds from QEMU's start to the agent's first answer."""
+        netns = f"cpt-hand-{os.getpid()}"
+        directory = self.files.with_name(f"hand-{number}")
+        directory.mkdir()
+        for path in self.files.iterdir():
+            if path.name == "disk":
+                run("cp", "--sparse=always", path, directory / path.name)
+            else:
+                (directory / path.name).hardlink_to(path)
+        run("ip", "netns", "add", netns)
         try:
-            assert wait.wait(120) == 0 and qemu.poll() is None, (directory / "qemu.log").read_text(errors="replace")[-2000:]
+            for tap, mac in (("tap0", GATEWAY_MAC), ("mgmt0", HOST_MAC)):
+                run("ip", "-n", netns, "tuntap", "add", "dev", tap, "mode", "tap", "vnet_hdr")
+                run("ip", "-n", netns, "link", "set", tap, "address", mac)
+                run("ip", "-n", netns, "link", "set", tap, "up")
+            run("ip", "-n", netns, "addr", "add", HOST_END, "dev", "mgmt0")
+            return self._boot(directory, ["nsenter", f"--net=/run/netns/{netns}", "--"])
+        finally:
+            run("ip", "netns", "del", netns)
+            shutil.rmtree(directory)
+
+    def _boot(self, directory: Path, inside: list[str]) -> float:
+        answers = [*inside, str(binaries() / "clawpot-bench"), "answers", "--address", AGENT]
+        log = directory / "qemu.log"
+        wait = subprocess.Popen(answers, stdout=subprocess.PIPE)
+        began = time.monotonic()
+        with log.open("wb") as said:
+            argv = [*inside, *_own_taps(self.argv)]
+            qemu = subprocess.Popen(argv, cwd=directory, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        try:
+            assert wait.wait(120) == 0 and qemu.poll() is None, log.read_text(errors="replace")[-2000:]
             return (time.monotonic() - began) * 1000
         finally:
-            log.close()
             for process in (wait, qemu):
                 process.kill()
                 process.wait()
@@ -207,29 +252,6 @@ def _own_taps(argv: list[str]) -> list[str]:
             word = ",".join([*parts, f"ifname={next(taps)}", "script=no", "downscript=no"])
         words.append(word)
     return words
-
-
-@contextlib.contextmanager
-def _machine(directory: Path, files: dict[str, Path]) -> Iterator[tuple[Path, str]]:
-    """The machine's files, a disk of its own, and a namespace with its two taps."""
-    netns = f"cpt-hand-{os.getpid()}"
-    directory.mkdir()
-    for name, path in files.items():
-        if name == "disk":
-            run("cp", "--sparse=always", path, directory / name)
-        else:
-            (directory / name).hardlink_to(path)
-    run("ip", "netns", "add", netns)
-    try:
-        for tap, mac in (("tap0", GATEWAY_MAC), ("mgmt0", HOST_MAC)):
-            run("ip", "-n", netns, "tuntap", "add", "dev", tap, "mode", "tap", "vnet_hdr")
-            run("ip", "-n", netns, "link", "set", tap, "address", mac)
-            run("ip", "-n", netns, "link", "set", tap, "up")
-        run("ip", "-n", netns, "addr", "add", HOST_END, "dev", "mgmt0")
-        yield directory, netns
-    finally:
-        run("ip", "netns", "del", netns)
-        shutil.rmtree(directory)
 
 
 def _table(bench: Bench, host: dict[str, Any]) -> str:
@@ -250,11 +272,7 @@ def _table(bench: Bench, host: dict[str, Any]) -> str:
 def _measured(world: World, server: Server, rounds: int, tell: Callable[[str], None]) -> tuple[Bench, dict[str, Any]]:
     bench = Bench(server, world, rounds)
     host = server.cli("host", "-o", "json").ok().json
-    # The first of all formats the disk template and reads the image to verify it: once in a server's life.
-    tell("the first VM")
-    server.cli("create", "--wait", "--name", "first", "debian").ok()
-    server.cli("rm", "first").ok()
-    for what in (bench.idle, bench.lives, bench.dense, bench.execs, bench.by_hand):
+    for what in (bench.first, bench.idle, bench.lives, bench.dense, bench.execs):
         tell(what.__name__)
         what()
     return bench, host
@@ -287,7 +305,13 @@ def main() -> int:
     out.parent.mkdir(exist_ok=True)
     commit = run("git", "-C", REPO, "rev-parse", "HEAD", check=False).strip() or None
     about = {"vmm": host["vmm"], "vmm_version": host["vmm_version"], "vmm_reason": host["vmm_reason"]}
-    about |= {"cpus": os.cpu_count(), "kernel": platform.release(), "commit": commit, "server_version": host["version"]}
+    about |= {
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[1],
+        "kernel": platform.release(),
+        "commit": commit,
+        "server_version": host["version"],
+    }
     about |= {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     results = {**about, "figures": [figure.json() for figure in bench.figures], "targets": bench.targets}
     out.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")

@@ -1,10 +1,10 @@
 //! Warm execs: `/bin/true` again and again in a VM that runs.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use clawpot_common::v1::exec_output::Frame;
 use clawpot_common::v1::vm_service_client::VmServiceClient;
-use clawpot_common::v1::{ExecInput, ExecOutput, ExecStart, exec_input};
+use clawpot_common::v1::{ExecAttach, ExecInput, ExecOutput, ExecStart, exec_input};
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -22,6 +22,8 @@ pub struct RoundTrip {
     total: u64,
     /// What the guest says it took from spawn to exit, µs.
     spawn_to_exit: u64,
+    /// The same way there and back without a process: attaching to an exec that the guest does not know, µs.
+    relay: u64,
 }
 
 pub async fn measure(client: VmServiceClient<Channel>, vm: &str, rounds: u32) -> Outcome<Vec<RoundTrip>> {
@@ -36,16 +38,20 @@ pub async fn measure(client: VmServiceClient<Channel>, vm: &str, rounds: u32) ->
 }
 
 async fn one(client: VmServiceClient<Channel>, vm: &str) -> Outcome<RoundTrip> {
-    let begun = std::time::Instant::now();
-    let mut exec = Exec::start(client, vm, &["/bin/true"]).await?;
-    loop {
+    let begun = Instant::now();
+    let mut exec = Exec::start(client.clone(), vm, &["/bin/true"]).await?;
+    let (total, spawn_to_exit) = loop {
         match exec.next().await? {
-            Frame::Exited(exited) => {
-                return Ok(RoundTrip { total: micros(begun), spawn_to_exit: exited.spawn_to_exit_us });
-            }
+            Frame::Exited(exited) => break (micros(begun), exited.spawn_to_exit_us),
             Frame::Failed(failed) => return Err(format!("/bin/true failed: {}", failed.message).into()),
             _ => {}
         }
+    };
+    let begun = Instant::now();
+    let attach = ExecAttach { vm: vm.to_owned(), exec_id: id()?, ..Default::default() };
+    match Exec::open(client, exec_input::Frame::Attach(attach)).await?.next().await? {
+        Frame::Failed(_) => Ok(RoundTrip { total, spawn_to_exit, relay: micros(begun) }),
+        other => Err(format!("attaching to an unknown exec was answered by {other:?}").into()),
     }
 }
 
@@ -57,15 +63,19 @@ pub struct Exec {
 }
 
 impl Exec {
-    pub async fn start(mut client: VmServiceClient<Channel>, vm: &str, argv: &[&'static str]) -> Outcome<Self> {
+    pub async fn start(client: VmServiceClient<Channel>, vm: &str, argv: &[&'static str]) -> Outcome<Self> {
         let start = ExecStart {
             vm: vm.to_owned(),
             exec_id: id()?,
             argv: argv.iter().map(|word| word.as_bytes().into()).collect(),
             ..Default::default()
         };
+        Self::open(client, exec_input::Frame::Start(start)).await
+    }
+
+    async fn open(mut client: VmServiceClient<Channel>, first: exec_input::Frame) -> Outcome<Self> {
         let (input, frames) = mpsc::channel(4);
-        input.send(ExecInput { frame: Some(exec_input::Frame::Start(start)) }).await?;
+        input.send(ExecInput { frame: Some(first) }).await?;
         let frames = client.exec(ReceiverStream::new(frames)).await?.into_inner();
         Ok(Self { frames, _input: input })
     }
