@@ -1,6 +1,7 @@
 //! `clawpot rm`.
 
-use clawpot_common::v1::DeleteVmRequest;
+use clawpot_common::v1::{DeleteVmRequest, DeleteVmResponse};
+use tonic::{Code, Response};
 
 use super::Outcome;
 use crate::api::{Api, retrying};
@@ -47,12 +48,20 @@ struct Deleted<'a> {
     id: &'a str,
 }
 
-/// Asks for the deletion; the id of what is deleted.
+/// Asks for the deletion; the id of what is deleted. Asked again after a lost answer, a server that knows no such VM has
+/// done what the first one was asked for.
 pub(super) async fn delete(api: &Api, vm: &str, force: bool) -> Result<String, Failure> {
     let request = DeleteVmRequest { vm: vm.to_owned(), force };
+    let asked = std::cell::Cell::new(false);
     let answer = retrying(&format!("VM {vm}: deleting it"), || {
-        let (mut client, request) = (api.vms(), request.clone());
-        async move { client.delete_vm(request).await }
+        let (mut client, request, again) = (api.vms(), request.clone(), asked.replace(true));
+        async move {
+            let id = request.vm.clone();
+            match client.delete_vm(request).await {
+                Err(status) if again && status.code() == Code::NotFound => Ok(Response::new(DeleteVmResponse { id })),
+                answer => answer,
+            }
+        }
     })
     .await?;
     Ok(answer.id)
