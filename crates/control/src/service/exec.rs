@@ -14,6 +14,10 @@ use tokio::sync::broadcast::error::RecvError;
 use super::{Service, known};
 use crate::live::{Link, Lives};
 
+/// How long an exec waits at most until a running VM's guest is attached, a boot of 120 s before it included; attaching
+/// takes the runner some milliseconds.
+const ATTACH: std::time::Duration = std::time::Duration::from_secs(150);
+
 impl Service {
     /// One attachment to one exec in `vm`. `first` is `Start` or `Attach`; `rest` what the caller sends after.
     pub async fn exec(
@@ -83,6 +87,7 @@ impl Service {
     /// The VM's guest, once it answers. Waits while the VM is on its way to Running.
     async fn ready(&self, id: &VmId) -> Result<(Arc<VmRecord>, Link)> {
         let mut changes = self.records.subscribe();
+        let asked = self.deps.clock.now();
         loop {
             let (_, record) = known(id, self.records.get(id))?;
             match answer(Request::Exec, record.phase, record.desired) {
@@ -93,7 +98,14 @@ impl Service {
                     if let Some(link) = link {
                         return Ok((record, link));
                     }
-                    // Running before this daemon was: its runner attaches in a moment.
+                    // Running before this daemon was: its runner attaches in a moment, or cannot.
+                    if self.deps.clock.now().since(asked) > ATTACH {
+                        let what = format!("VM {}: it runs, but its guest cannot be attached", record.name);
+                        return Err(Error::new(Kind::Unavailable, what).hint(format!(
+                            "look at `clawpot logs {0}` and the server's log; `clawpot stop {0}` ends it",
+                            record.name
+                        )));
+                    }
                     tokio::time::sleep(std::time::Duration::from_millis(10)).await;
                     continue;
                 }
