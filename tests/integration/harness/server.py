@@ -19,6 +19,8 @@ ASSETS = Path(os.environ.get("CLAWPOT_IMAGE_DIR", REPO / "assets"))
 BLOCKS = Path("/run/clawpot/blocks")
 #: A Unix socket's path has at most 108 bytes.
 LONGEST_SOCKET = 100
+#: What `clawpot-server` keeps ready when it is told nothing.
+WARM_SLOTS = 4
 
 
 class Server:
@@ -111,10 +113,17 @@ class Server:
 
         def same() -> bool:
             seen.append(self.traces.now())
-            return seen[-1] == seen[-2]
+            talking = [vm for vm in self.cli.ls() if vm["phase"] == "running"]
+            return seen[-1] == seen[-2] and len(self.traces.netns_names()) == len(talking) + self.warm_slots
 
-        until(same, every=0.5, what="rest")
+        until(same, seconds=60, every=0.5, what=f"rest with {self.warm_slots} slots ready")
         return seen[-1]
+
+    @property
+    def warm_slots(self) -> int:
+        """How many slots the server keeps ready beyond those of its VMs."""
+        words = [str(word) for word in self.options]
+        return int(words[words.index("--warm-slots") + 1]) if "--warm-slots" in words else WARM_SLOTS
 
     def settle(self, before: Counter[str], seconds: float = 15) -> Counter[str]:
         """What there is beyond `before`, once that is nothing or time is up: the end of a netns takes the kernel a moment."""
