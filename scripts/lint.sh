@@ -40,9 +40,8 @@ shell_lints() {
 }
 
 python_lints() {
-  local -a paths=(scripts)
+  local -a paths=(scripts tests utils)
   cd "$repo"
-  if [[ -d tests ]]; then paths+=(tests); fi
   if [[ -n $fix ]]; then
     "$python_tools/bin/ruff" check --no-cache --fix "${paths[@]}"
     "$python_tools/bin/ruff" format --no-cache "${paths[@]}"
