@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clawpot_host::cgroup::{Cgroup, Cgroups, Limits};
@@ -42,7 +43,7 @@ async fn a_child_has_what_was_named_and_nothing_else() {
     let script =
         "pwd; env | sort | grep -v ^_= | grep -v ^PWD=; ls -l /proc/self/fd | wc -l; ulimit -n; ulimit -c; umask; cat";
     let spawn = shell(script).cwd(dir.path()).env("NAME", "value").stdout(Output::To(write)).fd(extra, 9);
-    let child = spawn.rlimits(Rlimits { nofile: 300, core: 0 }).spawn().unwrap();
+    let child = spawn.rlimits(Rlimits { nofile: 300, ..Rlimits::default() }).spawn().unwrap();
     assert_eq!(child.wait().await.unwrap(), Exit::Code(0));
     let mut text = String::new();
     read.read_to_string(&mut text).unwrap();
@@ -91,7 +92,7 @@ async fn a_daemon_may_have_more_open_than_its_child_may() {
         return;
     }
     let open: Vec<_> = (0..600).map(|_| File::open("/dev/null").unwrap()).collect();
-    let limits = Rlimits { nofile: 300, core: 0 };
+    let limits = Rlimits { nofile: 300, ..Rlimits::default() };
     let child = shell("[ $(ulimit -n) = 300 ]").rlimits(limits).spawn().unwrap();
     assert_eq!(child.wait().await.unwrap(), Exit::Code(0));
     drop(open);
@@ -245,6 +246,18 @@ async fn limits_hold_where_the_host_has_the_controllers() {
     }
     group.create(&limits.without(&missing)).unwrap();
 
+    // Nothing of it is swapped, in whichever version the kernel says so.
+    let written =
+        |dir: &Path, file: &str| std::fs::read_to_string(dir.join(file)).ok().map(|text| text.trim().to_owned());
+    if let Some(swap) = written(group.path(), "memory.swap.max").filter(|_| has("memory")) {
+        assert_eq!(swap, "0");
+    }
+    let v1 = Path::new("/sys/fs/cgroup/memory").join(group.name());
+    for (file, want) in [("memory.memsw.limit_in_bytes", (64 << 20).to_string()), ("memory.swappiness", "0".to_owned())]
+    {
+        assert!(written(&v1, file).is_none_or(|is| is == want), "{file}");
+    }
+
     // `sh` is the one process; its fork fails.
     let exit = confined("(:); exit 0", &group).wait().await.unwrap();
     assert_eq!(exit != Exit::Code(0), has("pids"), "{exit}");
@@ -270,6 +283,26 @@ async fn limits_hold_where_the_host_has_the_controllers() {
     group.remove().await.unwrap();
     assert!(!group.exists().unwrap());
     assert!(hosts.list(parent).unwrap().is_empty());
+}
+
+/// A disk that its owner may not make larger: writes end where the limit is, whatever the file's mode allows.
+#[tokio::test]
+async fn files_grow_no_further_than_they_may() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("disk");
+    File::create(&file).unwrap().set_len(1 << 20).unwrap();
+    let limits = Rlimits { fsize: Some(1 << 20), ..Rlimits::default() };
+    let dd = |seek: u32| {
+        let script =
+            format!("dd if=/dev/zero of={} bs=64k count=1 seek={seek} conv=notrunc 2>/dev/null", file.display());
+        shell(&script).rlimits(limits).spawn().unwrap()
+    };
+    assert_eq!(dd(15).wait().await.unwrap(), Exit::Code(0));
+    assert_ne!(dd(16).wait().await.unwrap(), Exit::Code(0));
+    assert_eq!(std::fs::metadata(&file).unwrap().len(), 1 << 20);
+    let grow = shell(&format!("truncate -s 2M {}", file.display())).rlimits(limits).spawn().unwrap();
+    assert_ne!(grow.wait().await.unwrap(), Exit::Code(0));
+    assert_eq!(std::fs::metadata(&file).unwrap().len(), 1 << 20);
 }
 
 #[tokio::test]

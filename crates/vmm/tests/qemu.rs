@@ -237,9 +237,15 @@ fn confined(world: &World) {
     let proc = PathBuf::from(format!("/proc/{}", member.pid));
     let status = std::fs::read_to_string(proc.join("status")).unwrap();
     let uid = world.machine.seat.uid;
-    for line in
-        [&format!("Uid:\t{uid}\t{uid}\t{uid}\t{uid}"), "Groups:\t ", "CapEff:\t0000000000000000", "NoNewPrivs:\t1"]
-    {
+    let none = "0000000000000000";
+    for line in [
+        &format!("Uid:\t{uid}\t{uid}\t{uid}\t{uid}"),
+        "Groups:\t ",
+        &format!("CapEff:\t{none}"),
+        &format!("CapBnd:\t{none}"),
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+    ] {
         assert!(status.contains(line), "{line:?} is not in {status}");
     }
     assert_eq!(std::fs::read_link(proc.join("cwd")).unwrap().file_name().unwrap(), "root");

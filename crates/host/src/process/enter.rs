@@ -220,7 +220,10 @@ fn become_program(plan: &mut Plan<'_>) -> Done<Never> {
 }
 
 fn set_limits(plan: &Plan<'_>) -> Done {
-    for (resource, value) in [(libc::RLIMIT_NOFILE, plan.rlimits.nofile), (libc::RLIMIT_CORE, plan.rlimits.core)] {
+    let Rlimits { nofile, core, fsize } = plan.rlimits;
+    let wanted = [(libc::RLIMIT_NOFILE, Some(nofile)), (libc::RLIMIT_CORE, Some(core)), (libc::RLIMIT_FSIZE, fsize)];
+    for (resource, value) in wanted {
+        let Some(value) = value else { continue };
         let limit = libc::rlimit64 { rlim_cur: value, rlim_max: value };
         call(Step::Limits, libc::SYS_prlimit64, [0, c_long::from(resource), pointer(&raw const limit), 0, 0])?;
     }

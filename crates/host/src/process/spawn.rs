@@ -53,12 +53,14 @@ pub struct Rlimits {
     pub nofile: u64,
     /// Size of a core dump, bytes. 0: a guest's memory is never written to disk.
     pub core: u64,
+    /// How far into a file it may write, bytes; one that is larger already is no exception. `None`: as its parent may.
+    pub fsize: Option<u64>,
 }
 
 impl Default for Rlimits {
     /// 1024 is every distribution's default and far above what a VMM or a tool opens (QEMU: about 40).
     fn default() -> Self {
-        Self { nofile: 1024, core: 0 }
+        Self { nofile: 1024, core: 0, fsize: None }
     }
 }
 

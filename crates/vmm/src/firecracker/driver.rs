@@ -113,7 +113,8 @@ fn spawn(toolbox: &Toolbox, base: &Path, jail: &Jail, machine: &Machine) -> Resu
     };
     boot::write(jail.dir(), &boot)?;
     let id = machine.id.to_string();
-    Ok(jailer_with(toolbox, jailer::arguments(toolbox, base, &id, &jailer::Inmate::of(&machine.seat))))
+    let inmate = jailer::Inmate::of(&machine.seat, jail.disk_size()?);
+    Ok(jailer_with(toolbox, jailer::arguments(toolbox, base, &id, &inmate)))
 }
 
 /// Firecracker's own socket under the name that every VM's has. It cannot put another in its place: its root is taken from

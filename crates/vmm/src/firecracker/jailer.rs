@@ -26,17 +26,20 @@ pub struct Inmate<'a> {
     pub gid: u32,
     /// `None`: for a guest without network.
     pub netns: Option<&'a Path>,
+    /// How far into a file it may write, bytes. `None`: for a guest without disk.
+    pub fsize: Option<u64>,
 }
 
 impl<'a> Inmate<'a> {
-    pub fn of(seat: &'a Seat) -> Self {
-        Self { uid: seat.uid, gid: seat.gid, netns: Some(&seat.netns) }
+    /// `disk`: its size, bytes.
+    pub fn of(seat: &'a Seat, disk: u64) -> Self {
+        Self { uid: seat.uid, gid: seat.gid, netns: Some(&seat.netns), fsize: Some(disk) }
     }
 }
 
 /// The chroot will be `<base>/firecracker/<id>/root`.
 pub fn arguments(toolbox: &Toolbox, base: &Path, id: &str, inmate: &Inmate<'_>) -> Vec<OsString> {
-    let mut args: Vec<OsString> = Vec::with_capacity(19);
+    let mut args: Vec<OsString> = Vec::with_capacity(21);
     let mut flag = |name: &str, value: OsString| args.extend([OsString::from(name), value]);
     flag("--id", id.into());
     flag("--exec-file", toolbox.program.clone().into());
@@ -47,6 +50,9 @@ pub fn arguments(toolbox: &Toolbox, base: &Path, id: &str, inmate: &Inmate<'_>) 
         flag("--netns", netns.into());
     }
     flag("--resource-limit", format!("no-file={OPEN_FILES}").into());
+    if let Some(bytes) = inmate.fsize {
+        flag("--resource-limit", format!("fsize={bytes}").into());
+    }
     // What follows is Firecracker's.
     args.push("--".into());
     args.extend(["--api-sock", API_SOCKET, "--level", "Error"].map(OsString::from));
@@ -61,7 +67,7 @@ mod tests {
     fn the_command_line() {
         let toolbox = Toolbox::for_tests("/state/firecracker/firecracker", "/opt/jailer");
         let netns = Path::new("/run/netns/cp3f-7");
-        let inmate = Inmate { uid: 1_900_000_007, gid: 1_900_000_007, netns: Some(netns) };
+        let inmate = Inmate { uid: 1_900_000_007, gid: 1_900_000_007, netns: Some(netns), fsize: Some(4 << 30) };
         let args = arguments(&toolbox, Path::new("/state/jail"), "abcdefghijklmnop-3", &inmate);
         let text: Vec<_> = args.iter().map(|arg| arg.to_str().unwrap()).collect();
         insta::assert_snapshot!(text.join("\n"));

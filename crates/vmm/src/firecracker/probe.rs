@@ -104,7 +104,8 @@ impl Place {
         let errors = output.try_clone().map_err(|error| Error::io("making a pipe", error))?;
         let mut console = Console::new(console)?;
         let start = Instant::now();
-        let args = jailer::arguments(toolbox, &self.base, NAME, &Inmate { uid: UID, gid: UID, netns: None });
+        let args =
+            jailer::arguments(toolbox, &self.base, NAME, &Inmate { uid: UID, gid: UID, netns: None, fsize: None });
         let spawn = jailer_with(toolbox, args).stdout(Output::To(output)).stderr(Output::To(errors));
         let child = spawn.cgroup(&self.cgroup)?.spawn()?;
         let site = Site { id: NAME, dir: &self.dir, cgroup: &self.cgroup };

@@ -81,8 +81,7 @@ pub(super) fn make(base: &Path, jail: &Jail, machine: &Machine) -> Result<()> {
     make_parents(base)?;
     ensure_dir(jail.dir(), 0o700)?;
     let root = jail.root();
-    ensure_dir(&root, 0o700)?;
-    own(&root, seat.uid, seat.gid)?;
+    ensure_dir(&root, 0o755)?;
     for (from, name) in
         [(&machine.files.kernel, KERNEL), (&machine.files.initramfs, INITRAMFS), (&machine.files.rootfs, ROOTFS)]
     {

@@ -6,10 +6,11 @@
 //!   console         FIFO, the VMM's stdout and stderr
 //!   process.json    who was started; without it nobody was
 //!   v.sock          `CONNECT <port>`: served by us, or a link to the VMM's own
-//!   root/           owned by the slot's uid: the VMM's working directory
+//!   root/           the VMM's working directory, root's, 0755: the VMM can make no file in it
 //!     kernel initramfs rootfs     hard links to root's 0444 files
 //!     disk                        hard link to the VM's disk, owned by the slot's uid
-//!     api.sock v.sock             made by the VMM
+//!     api.sock                    made by us for QEMU
+//!     api.sock v.sock             made by Firecracker, to which the directory belongs until its guest runs
 //! ```
 //!
 //! | `inspect` says | when |
@@ -100,6 +101,14 @@ impl Jail {
     #[must_use]
     pub fn file(&self, name: &str) -> PathBuf {
         self.root().join(name)
+    }
+
+    /// Of the VM's disk, bytes: as far as its VMM may write into any file. It owns the disk, and could else make it larger
+    /// than it was given.
+    pub fn disk_size(&self) -> Result<u64> {
+        let disk = self.file(DISK);
+        let found = std::fs::metadata(&disk);
+        Ok(found.map_err(|error| Error::io(format!("looking at {}", disk.display()), error))?.len())
     }
 
     #[must_use]

@@ -8,11 +8,13 @@ use clawpot_types::guest::{GUEST_MAC, MANAGEMENT_MAC, mac_text};
 
 use super::Accel;
 use crate::cmdline::{self, Transport};
-use crate::jail::{API_SOCKET, DISK, INITRAMFS, KERNEL, ROOTFS};
+use crate::jail::{DISK, INITRAMFS, KERNEL, ROOTFS};
 
 /// Where the child finds its taps: [`clawpot_types::guest::TAP`] and [`clawpot_types::guest::MANAGEMENT_TAP`].
 pub(super) const TAP_FD: RawFd = 3;
 pub(super) const MANAGEMENT_FD: RawFd = 4;
+/// And the socket it is to be told what to do by: listening already, so that it need not be able to make a file.
+pub(super) const QMP_FD: RawFd = 5;
 
 /// Cache of translated code, MiB. QEMU's default of 1 GiB would let every idle guest grow to it; boots under 32 are slower
 /// (1.54 s instead of 1.39 s), above 128 no faster.
@@ -41,12 +43,7 @@ pub(super) fn args(machine: &Machine, accel: Accel) -> Vec<String> {
     put(&["-append", &cmdline::line(machine, cmdline::QEMU, Transport::Tcp)]);
     // Standard output is the machine's console, standard input is empty.
     put(&["-chardev", "stdio,id=console,signal=off,mux=off", "-serial", "chardev:console"]);
-    put(&[
-        "-chardev",
-        &format!("socket,id=qmp,path={API_SOCKET},server=on,wait=off"),
-        "-mon",
-        "chardev=qmp,mode=control",
-    ]);
+    put(&["-chardev", &format!("socket,id=qmp,fd={QMP_FD},server=on,wait=off"), "-mon", "chardev=qmp,mode=control"]);
     put(&["-blockdev", &format!("driver=raw,node-name=rootfs,read-only=on,file.driver=file,file.filename={ROOTFS}")]);
     put(&["-device", &device("virtio-blk", ROOTFS_SLOT, "drive=rootfs")]);
     put(&[

@@ -4,7 +4,8 @@
 //! - [`qmp`] a client of its machine protocol
 //! - here: the driver
 //!
-//! It gets its taps as open descriptors and everything else by names relative to its directory. The agent is reached over
+//! It gets its taps and its control socket as open descriptors and everything else by names relative to its directory, in
+//! which it can make no file. The agent is reached over
 //! TCP on a second NIC that carries nothing but the host's connections; over it the daemon serves the VM's `CONNECT` socket.
 
 mod args;
@@ -12,18 +13,19 @@ pub mod qmp;
 
 use std::ffi::OsString;
 use std::net::SocketAddrV4;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use clawpot_core::ports::{Capabilities, GuestEndpoint, Machine, Seat, Vmm};
 use clawpot_core::{Fact, MachineId, VmmFact, VmmKind};
-use clawpot_host::process::{Spawn, Tool, User, find_program};
+use clawpot_host::process::{Rlimits, Spawn, Tool, User, find_program};
 use clawpot_types::guest::{AGENT_PORT, MANAGEMENT_ADDRESS, MANAGEMENT_TAP, TAP};
 use clawpot_types::{Error, InstanceId, Kind, MiB, Result};
 
 use crate::console::Consoles;
-use crate::jail::{Jail, Jails, Overhead};
+use crate::jail::{API_SOCKET, Jail, Jails, Overhead};
 use crate::relay::Guest;
 
 /// What an operator may say about QEMU.
@@ -88,7 +90,10 @@ impl Qemu {
     /// Everything but the group and the console, which every VMM gets.
     fn spawn(&self, jail: &Jail, machine: &Machine) -> Result<Spawn> {
         let seat = &machine.seat;
+        let rlimits = Rlimits { fsize: Some(jail.disk_size()?), ..Rlimits::default() };
         let mut spawn = Spawn::new(&self.program)
+            .rlimits(rlimits)
+            .fd(qmp_socket(jail)?, args::QMP_FD)
             .args(args::args(machine, self.accel))
             .cwd(jail.root())
             .netns(clawpot_host::netns::open(&seat.netns)?)
@@ -99,6 +104,15 @@ impl Qemu {
         }
         Ok(spawn)
     }
+}
+
+/// Must be called where a runtime is at hand, as blocking threads of one have it.
+fn qmp_socket(jail: &Jail) -> Result<OwnedFd> {
+    let path = jail.file(API_SOCKET);
+    // Of an attempt that failed.
+    clawpot_host::fs::remove_file_if_exists(&path)?;
+    let listener = clawpot_host::unix::listen(&path)?.into_std();
+    listener.map(OwnedFd::from).map_err(|error| Error::io(format!("listening at {}", path.display()), error))
 }
 
 #[async_trait]
