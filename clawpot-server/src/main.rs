@@ -39,6 +39,9 @@ enum Command {
     Serve,
     /// Copy records and events of the state directory to FILE, while a server runs or not
     Backup { file: PathBuf },
+    /// Name every point at which a test can let the server die
+    #[cfg(feature = "failpoints")]
+    Failpoints,
 }
 
 fn main() -> ExitCode {
@@ -56,6 +59,11 @@ fn run(cli: Cli) -> Result<()> {
     let config = config::load(cli.config.as_deref(), cli.options)?;
     match cli.command.unwrap_or(Command::Serve) {
         Command::Backup { file } => app::backup(&config, &file),
+        #[cfg(feature = "failpoints")]
+        Command::Failpoints => {
+            clawpot_failpoint::Point::ALL.iter().for_each(|point| println!("{}", point.name()));
+            Ok(())
+        }
         Command::Serve => {
             init_logs(config.log_format);
             clawpot_host::process::raise_open_files()?;

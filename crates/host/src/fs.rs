@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Result};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -24,8 +25,13 @@ pub fn replace_unsynced(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
 
 fn put(path: &Path, bytes: &[u8], mode: u32, sync: bool) -> Result<()> {
     let temp = temp_name(path)?;
-    let written = write_new(&temp, bytes, mode, sync).and_then(|()| std::fs::rename(&temp, path));
-    written.map_err(|error| with_removal(Error::io(format!("replacing {}", path.display()), error), &temp))
+    let written = write_new(&temp, bytes, mode, sync).and_then(|()| {
+        failpoint::reached(Point::FileWritten);
+        std::fs::rename(&temp, path)
+    });
+    written.map_err(|error| with_removal(Error::io(format!("replacing {}", path.display()), error), &temp))?;
+    failpoint::reached(Point::FileReplaced);
+    Ok(())
 }
 
 fn write_new(path: &Path, bytes: &[u8], mode: u32, sync: bool) -> io::Result<()> {

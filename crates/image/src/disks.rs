@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::fs::{self, Cloned};
 use clawpot_host::process::{Tool, find_program};
 use clawpot_types::{Error, Kind, MiB, Result, VmId};
@@ -96,7 +97,9 @@ impl Disks {
     pub async fn remove(&self, vm: &VmId) -> Result<()> {
         let guard = self.lock(vm).await;
         let path = self.path(vm);
-        blocking(guard, move || fs::remove_file_if_exists(&path)).await
+        blocking(guard, move || fs::remove_file_if_exists(&path)).await?;
+        failpoint::reached(Point::DiskRemoved);
+        Ok(())
     }
 
     async fn lock(&self, vm: &VmId) -> OwnedMutexGuard<()> {
@@ -116,6 +119,7 @@ impl Disks {
             let half = RemovedOnDrop(fs::temp_name(&path)?);
             let tree = RemovedOnDrop(fs::temp_name(&self.templates.join("tree"))?);
             format(&half.0, &tree.0, size).await?;
+            failpoint::reached(Point::TemplateFormatted);
             let (from, to) = (half.0.clone(), path.clone());
             blocking((half, tree), move || put_in_place(&from, &to)).await?;
         }
@@ -153,7 +157,10 @@ fn take_or_clone(spare: &Path, template: &Path, path: &Path) -> Result<Option<St
         Err(_) => std::fs::rename(spare, path),
     };
     match taken {
-        Ok(()) => path.parent().map_or(Ok(()), fs::sync_dir).map(|()| Some("spare".to_owned())),
+        Ok(()) => {
+            failpoint::reached(Point::SpareTaken);
+            path.parent().map_or(Ok(()), fs::sync_dir).map(|()| Some("spare".to_owned()))
+        }
         Err(_) => Ok(clone_into_place(template, path)?.map(|how| format!("{how:?}"))),
     }
 }
@@ -164,6 +171,7 @@ fn clone_into_place(template: &Path, path: &Path) -> Result<Option<Cloned>> {
     }
     let half = RemovedOnDrop(fs::temp_name(path)?);
     let how = fs::clone_file(template, &half.0)?;
+    failpoint::reached(Point::DiskCloned);
     put_in_place(&half.0, path)?;
     Ok(Some(how))
 }
@@ -175,6 +183,7 @@ fn put_in_place(half: &Path, path: &Path) -> Result<()> {
         .and_then(|file| file.sync_all())
         .and_then(|()| std::fs::rename(half, path))
         .map_err(|error| Error::io(what(), error))?;
+    failpoint::reached(Point::DiskNamed);
     path.parent().map_or(Ok(()), fs::sync_dir)
 }
 

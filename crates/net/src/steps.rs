@@ -1,5 +1,6 @@
 //! The boundaries between effects. In tests the server can be made to "crash" after any of them.
 
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::Result;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +18,28 @@ pub(crate) enum Step {
     Silenced,
     Forgotten,
     Unnamed,
+    LinkGone,
+}
+
+impl Step {
+    const fn point(self) -> Point {
+        match self {
+            Self::Named => Point::NetNamed,
+            Self::Mounted => Point::NetMounted,
+            Self::Taps => Point::NetTaps,
+            Self::Veth => Point::NetVeth,
+            Self::Configured => Point::NetConfigured,
+            Self::Rules => Point::NetRules,
+            Self::MarkedReady => Point::NetMarkedReady,
+            Self::MarkedGiven => Point::NetMarkedGiven,
+            Self::Admitted => Point::NetAdmitted,
+            Self::MarkedUsed => Point::NetMarkedUsed,
+            Self::Silenced => Point::NetSilenced,
+            Self::Forgotten => Point::NetForgotten,
+            Self::Unnamed => Point::NetUnnamed,
+            Self::LinkGone => Point::NetLinkGone,
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -28,6 +51,7 @@ pub(crate) struct Steps {
 impl Steps {
     pub(crate) fn reached(&self, step: Step) -> Result<()> {
         tracing::trace!(?step, "network slot");
+        failpoint::reached(step.point());
         self.crash(step)
     }
 

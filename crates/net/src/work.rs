@@ -162,6 +162,7 @@ impl Workshop {
         self.steps.reached(Step::Unnamed)?;
         drop(hand);
         self.wait_for_link(slot).await?;
+        self.steps.reached(Step::LinkGone)?;
         self.set(slot, Standing::Absent);
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clawpot_core::ports::{Durability, TxnOutcome};
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Kind, Result};
 use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::oneshot;
@@ -122,7 +123,9 @@ impl Writer {
         }
         batch.finish(&self.kept)?;
         let Batch { revision, changes_floor, events_floor, changes, events, .. } = batch;
+        failpoint::reached(Point::StoreWritten);
         tx.commit().map_err(write)?;
+        failpoint::reached(Point::StoreCommitted);
         self.commits_since_checkpoint += 1;
         self.hub.changes().publish(&changes, revision, changes_floor);
         let mut topic = self.hub.events();

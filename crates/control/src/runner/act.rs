@@ -4,6 +4,7 @@ use clawpot_core::facts::GuestFact;
 use clawpot_core::plan::Step;
 use clawpot_core::ports::{Machine, Vmm};
 use clawpot_core::{Phase, VmRecord};
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Millis, Result};
 use tracing::info;
 
@@ -28,6 +29,7 @@ impl Runner {
             Step::RemoveDisk => deps.images.remove_disk(&record.id).await,
             Step::RemoveTraces => deps.console.erase(&record.id).await,
         };
+        failpoint::reached(Point::StepDone);
         done.map_err(|error| error.context(format!("VM {}: {}", record.name, doing(step))))
     }
 
@@ -77,6 +79,7 @@ impl Runner {
         if record.phase == Phase::Booting {
             info!(vm = %record.id, name = %record.name, agent = hello.agent_version, kernel = hello.kernel_release, "guest says hello");
         }
+        failpoint::reached(Point::GuestSaidHello);
         self.lives.set_hello(&record.id, hello.timings);
         self.lives.set_guest(&record.id, GuestFact::Ready);
         Ok(())
@@ -88,6 +91,7 @@ impl Runner {
         let left = record.deadline.map_or(std::time::Duration::ZERO, |deadline| deadline.since(self.deps.clock.now()));
         let grace = Millis(u64::try_from(left.as_millis() / 2).unwrap_or(u64::MAX));
         self.deps.guest.shutdown(&link.machine, &link.endpoint, grace).await?;
+        failpoint::reached(Point::GuestAsked);
         self.lives.set_guest(&record.id, GuestFact::ShuttingDown);
         Ok(())
     }

@@ -6,6 +6,7 @@ use clawpot_core::event::Event;
 use clawpot_core::plan::Why;
 use clawpot_core::ports::Durability;
 use clawpot_core::{Failure, Phase, Timing, VmRecord};
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Result, Revision};
 use tracing::{error, info, warn};
 
@@ -84,6 +85,7 @@ impl Runner {
     /// `true` when the record is gone.
     pub(super) async fn forget(&self, revision: Revision, record: &VmRecord) -> Result<bool> {
         let Some(revision) = self.records.forget(&record.id, revision).await? else { return Ok(false) };
+        failpoint::reached(Point::Forgotten);
         info!(vm = %record.id, name = %record.name, "gone");
         self.lives.leave(&record.id);
         self.event(revision, record, "vm.gone", "nothing of it is left".to_owned()).await;
@@ -100,6 +102,7 @@ impl Runner {
         message: String,
     ) -> Result<()> {
         if let Some(revision) = self.records.swap(revision, next.clone(), durability).await? {
+            failpoint::reached(Point::PhaseWritten);
             info!(vm = %next.id, name = %next.name, from = %before.phase, to = %next.phase, "phase");
             self.event(revision, &next, "vm.phase", message).await;
         }

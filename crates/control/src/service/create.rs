@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use clawpot_core::ports::TxnOutcome;
 use clawpot_core::record::RECORD_VERSION;
 use clawpot_core::{Desired, ImagePin, Phase, VmRecord, VmSpec};
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{
     Error, Generation, Incarnation, Kind, Label, MiB, Result, Revision, Slot, Timestamp, VmId, VmName,
 };
@@ -61,6 +62,7 @@ impl Service {
             };
             match self.records.insert(record.clone(), extra).await? {
                 TxnOutcome::Committed(revision) => {
+                    failpoint::reached(Point::Accepted);
                     tell(&self.deps, revision, &record, "vm.create", actor).await;
                     self.run(&record.id);
                     self.warm().await;

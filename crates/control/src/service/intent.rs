@@ -5,6 +5,7 @@ use std::sync::Arc;
 use clawpot_core::ports::Durability;
 use clawpot_core::request::{Answer, Request, answer};
 use clawpot_core::{Desired, VmRecord};
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Millis, Result, Revision, VmId};
 
 use super::{Service, known, tell, to_its_end};
@@ -104,6 +105,7 @@ async fn set_desired(
     record.desired = desired;
     record.generation = record.generation.next();
     let Some(revision) = records.swap(revision, record.clone(), Durability::Full).await? else { return Ok(None) };
+    failpoint::reached(Point::Intended);
     let kind = match desired {
         Desired::Running => "vm.start",
         Desired::Stopped => "vm.stop",

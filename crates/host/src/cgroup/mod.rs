@@ -14,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Result};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -79,9 +80,13 @@ impl Cgroup {
         loop {
             tries += 1;
             let made = self.make().map_err(|error| Error::io("making its directory", error));
+            failpoint::reached(Point::CgroupMade);
             match made.and_then(|()| limits::apply(&self.hosts, &self.name, limits)) {
                 Err(error) if error.kind() == Kind::NotFound && tries < 10 => {}
-                made => return made.map_err(|error| error.context(format!("making the cgroup {}", self.name))),
+                made => {
+                    failpoint::reached(Point::CgroupLimited);
+                    return made.map_err(|error| error.context(format!("making the cgroup {}", self.name)));
+                }
             }
         }
     }
@@ -145,6 +150,7 @@ impl Cgroup {
                     Err(error) if is_gone(&error) || error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => {}
                     moved => moved.map_err(|error| Error::io(what(), error))?,
                 }
+                failpoint::reached(Point::CgroupConfined);
             }
         }
         Ok(())
@@ -191,8 +197,11 @@ impl Cgroup {
     /// Kills everything in it, at once and without waiting. A group that does not exist is fine.
     pub fn kill(&self) -> Result<()> {
         match std::fs::OpenOptions::new().write(true).open(self.path.join("cgroup.kill")) {
-            Ok(mut file) => io::Write::write_all(&mut file, b"1")
-                .map_err(|error| Error::io(format!("killing the cgroup {}", self.name), error)),
+            Ok(mut file) => {
+                let killed = io::Write::write_all(&mut file, b"1");
+                failpoint::reached(Point::CgroupKilled);
+                killed.map_err(|error| Error::io(format!("killing the cgroup {}", self.name), error))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => self.kill_each(),
             Err(error) => Err(Error::io(format!("killing the cgroup {}", self.name), error)),
         }
@@ -252,6 +261,7 @@ impl Cgroup {
             match self.try_remove() {
                 Ok(()) => {
                     self.prune();
+                    failpoint::reached(Point::CgroupPruned);
                     return Ok(());
                 }
                 Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
@@ -278,6 +288,7 @@ impl Cgroup {
                     _ => {}
                 }
             }
+            failpoint::reached(Point::CgroupRemoved);
         }
         Ok(())
     }

@@ -37,6 +37,8 @@ pub(super) struct Plan<'a> {
     pub no_new_privs: bool,
     /// Which descriptor goes to which number.
     pub fds: Vec<(RawFd, RawFd)>,
+    /// A test's wish: the daemon dies when the child is born. Never so in a server that is shipped.
+    pub orphaned: bool,
     /// Set by the child as the first thing it does.
     pub born: bool,
     /// Written by the child when it cannot go on: the step and its errno.
@@ -184,6 +186,10 @@ enum Never {}
 type Done<T = ()> = Result<T, (Step, i32)>;
 
 fn become_program(plan: &mut Plan<'_>) -> Done<Never> {
+    if plan.orphaned {
+        let parent = call(Step::Session, libc::SYS_getppid, [0; 5])?;
+        call(Step::Session, libc::SYS_kill, [parent, long(libc::SIGKILL), 0, 0, 0])?;
+    }
     call(Step::Session, libc::SYS_setsid, [0; 5])?;
     call(Step::Session, libc::SYS_umask, [0o077, 0, 0, 0, 0])?;
     if let Some(procs) = plan.cgroup_procs {

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Result};
 use rustix::fs::{Mode, OFlags};
 
@@ -188,6 +189,7 @@ impl Spawn {
             no_new_privs: self.no_new_privs,
             fds: self.descriptors(&null)?,
             born: false,
+            orphaned: failpoint::is_fatal(Point::ChildBorn),
             failed: None,
         };
         match fork(&mut plan)? {
@@ -225,6 +227,7 @@ fn fork(plan: &mut Plan<'_>) -> Result<Option<Child>> {
     let (pid, pidfd) = enter::fork(plan).map_err(|error| Error::io("forking", error))?;
     let child = Child::new(pid, pidfd);
     if plan.born && plan.failed.is_none() {
+        failpoint::reached(Point::Spawned);
         return Ok(Some(child));
     }
     if let Err(error) = child.reap() {

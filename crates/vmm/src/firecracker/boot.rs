@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use clawpot_core::ports::Seat;
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::cgroup::{Cgroup, Member};
 use clawpot_host::fs::replace_unsynced;
 use clawpot_types::{Error, Kind, Result};
@@ -72,11 +73,16 @@ pub async fn boot(site: &Site<'_>, seat: &Seat) -> Result<()> {
     let boot = read(site.dir)?;
     let version: Version = client.version().await?.firecracker_version.parse()?;
     open(&root, seat)?;
+    failpoint::reached(Point::FirecrackerOpened);
     for call in boot.calls(&version)? {
         client.tell(&call).await?;
+        failpoint::reached(Point::FirecrackerTold);
     }
     close(&root)?;
-    client.tell(&Call::start()?).await
+    failpoint::reached(Point::FirecrackerClosed);
+    client.tell(&Call::start()?).await?;
+    failpoint::reached(Point::FirecrackerStarted);
+    Ok(())
 }
 
 fn process(cgroup: &Cgroup) -> Result<Member> {

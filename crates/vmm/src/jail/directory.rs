@@ -7,6 +7,7 @@ use std::path::Path;
 
 use clawpot_core::MachineId;
 use clawpot_core::ports::Machine;
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::fs::{ensure_dir, hard_link, remove_tree_if_exists, replace_unsynced};
 use clawpot_types::{Error, Kind, Result};
 use rustix::fs::{CWD, FileType, Mode};
@@ -82,17 +83,23 @@ pub(super) fn make(base: &Path, jail: &Jail, machine: &Machine) -> Result<()> {
     ensure_dir(jail.dir(), 0o700)?;
     let root = jail.root();
     ensure_dir(&root, 0o755)?;
+    failpoint::reached(Point::JailRootMade);
     for (from, name) in
         [(&machine.files.kernel, KERNEL), (&machine.files.initramfs, INITRAMFS), (&machine.files.rootfs, ROOTFS)]
     {
         hard_link(from, &jail.file(name))?;
+        failpoint::reached(Point::JailLinked);
     }
     // By its own name, which nobody but us can change, before it lies where the VMM could.
     std::fs::set_permissions(&machine.disk, Permissions::from_mode(0o600))
         .map_err(|error| Error::io(format!("giving {} its mode", machine.disk.display()), error))?;
     own(&machine.disk, seat.uid, seat.gid)?;
+    failpoint::reached(Point::JailDiskGiven);
     hard_link(&machine.disk, &jail.file(DISK))?;
-    make_fifo(&jail.console())
+    failpoint::reached(Point::JailDiskLinked);
+    make_fifo(&jail.console())?;
+    failpoint::reached(Point::JailConsoleMade);
+    Ok(())
 }
 
 /// What is prepared is prepared from here on.
@@ -106,7 +113,9 @@ pub(super) fn complete(jail: &Jail, machine: &Machine) -> Result<()> {
     };
     let text = serde_json::to_vec_pretty(&manifest)
         .map_err(|error| Error::new(Kind::Internal, "writing a machine's manifest").because(error))?;
-    replace_unsynced(&jail.manifest(), &text, 0o600)
+    replace_unsynced(&jail.manifest(), &text, 0o600)?;
+    failpoint::reached(Point::JailComplete);
+    Ok(())
 }
 
 /// `STATE/jail` and `STATE/jail/<vmm>`.
@@ -134,7 +143,10 @@ fn make_fifo(path: &Path) -> Result<()> {
 /// The manifest goes first: what is left of an interrupted removal is not taken for a prepared machine.
 pub(super) fn remove(jail: &Jail) -> Result<()> {
     clawpot_host::fs::remove_file_if_exists(&jail.manifest())?;
-    remove_tree_if_exists(jail.dir())
+    failpoint::reached(Point::JailManifestGone);
+    remove_tree_if_exists(jail.dir())?;
+    failpoint::reached(Point::JailGone);
+    Ok(())
 }
 
 pub(super) fn list(base: &Path) -> Result<Vec<MachineId>> {

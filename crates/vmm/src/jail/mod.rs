@@ -32,6 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clawpot_core::ports::Machine;
 use clawpot_core::{Fact, MachineId, VmmFact, VmmKind};
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::cgroup::{Cgroup, Cgroups, Limits, Missing};
 use clawpot_host::process::{Child, Spawn};
 use clawpot_types::{Error, InstanceId, Kind, Result};
@@ -219,7 +220,9 @@ impl Jails {
     fn drain(&self, id: &MachineId) -> Result<()> {
         let jail = self.jail(id)?;
         let drained = self.inner.consoles.drain(id, &jail.console());
-        drained.map_err(|error| error.context(format!("machine {id}: draining its console")))
+        drained.map_err(|error| error.context(format!("machine {id}: draining its console")))?;
+        failpoint::reached(Point::VmmDrained);
+        Ok(())
     }
 
     /// Off the caller's path.
@@ -235,7 +238,9 @@ impl Jails {
         let jail = self.jail(id)?;
         let (socket, what) = (jail.socket(), format!("machine {id}: serving its socket"));
         let served = self.inner.relays.serve(id, &socket, guest, async move { jail.exited().await });
-        served.map_err(|error| error.context(what))
+        served.map_err(|error| error.context(what))?;
+        failpoint::reached(Point::VmmServed);
+        Ok(())
     }
 
     /// What is there of the machine.
@@ -273,7 +278,9 @@ impl Jails {
     /// Kills every process of the machine; does not wait.
     pub fn stop(&self, id: &MachineId) -> Result<()> {
         let killed = self.jail(id).and_then(|jail| jail.cgroup().kill());
-        killed.map_err(|error| error.context(format!("machine {id}: killing it")))
+        killed.map_err(|error| error.context(format!("machine {id}: killing it")))?;
+        failpoint::reached(Point::VmmKilled);
+        Ok(())
     }
 
     /// Removes directory and group of a machine without processes. Again is fine.
@@ -285,8 +292,10 @@ impl Jails {
         }
         self.inner.consoles.finish(id).await;
         self.inner.relays.finish(id).await;
+        failpoint::reached(Point::VmmFinished);
         self.blocking("removing", id, move |jail| directory::remove(&jail)).await?;
         jail.cgroup().remove().await.map_err(|error| error.context(what()))?;
+        failpoint::reached(Point::VmmGroupGone);
         self.children().remove(id);
         Ok(())
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use clawpot_core::VmmFact;
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::cgroup::Limits;
 use clawpot_host::fs::replace_unsynced;
 use clawpot_host::process::{Identity, Output, Spawn};
@@ -23,9 +24,12 @@ where
         None => return Err(Error::new(Kind::FailedPrecondition, "it is not prepared")),
     }
     jail.cgroup().create(&limits.without(&jails.inner.unlimited))?;
+    failpoint::reached(Point::VmmGrouped);
     jails.inner.consoles.begin(jail.id())?;
+    failpoint::reached(Point::VmmConsoleBegun);
     let output = || crate::console::open(&jail.console()).map(Output::To);
     let child = spawn(jail)?.stdout(output()?).stderr(output()?).cgroup(jail.cgroup())?.spawn()?;
+    failpoint::reached(Point::VmmForked);
     let pid = child.pid();
     jails.children().insert(jail.id().clone(), Arc::new(child));
     // A crash before this line leaves a process in the group, which is all that counts while it lives.
@@ -36,5 +40,7 @@ where
         Err(error) if error.kind() == Kind::NotFound => Vec::new(),
         Err(error) => return Err(error),
     };
-    replace_unsynced(&jail.process(), &text, 0o600)
+    replace_unsynced(&jail.process(), &text, 0o600)?;
+    failpoint::reached(Point::VmmIdentified);
+    Ok(())
 }

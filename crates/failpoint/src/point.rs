@@ -1,0 +1,102 @@
+/// The enum, its list and its names from one table.
+macro_rules! points {
+    ($($(#[$doc:meta])* $point:ident = $name:literal,)*) => {
+        /// A point, named after what has just been done when the server dies there.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Point {
+            $($(#[$doc])* $point,)*
+        }
+
+        #[cfg(feature = "on")]
+        impl Point {
+            pub const ALL: &[Self] = &[$(Self::$point,)*];
+
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$point => $name,)*
+                }
+            }
+        }
+    };
+}
+
+points! {
+    /// Under its temporary name.
+    FileWritten = "host.file_written",
+    FileReplaced = "host.file_replaced",
+    /// Without limits yet.
+    CgroupMade = "host.cgroup_made",
+    CgroupLimited = "host.cgroup_limited",
+    /// Version-1 hierarchies only.
+    CgroupConfined = "host.cgroup_confined",
+    CgroupKilled = "host.cgroup_killed",
+    /// In one of its hierarchies.
+    CgroupRemoved = "host.cgroup_removed",
+    CgroupPruned = "host.cgroup_pruned",
+    /// The parent dies when its child has not executed its program yet.
+    ChildBorn = "host.child_born",
+    Spawned = "host.spawned",
+
+    JailRootMade = "vmm.root_made",
+    JailLinked = "vmm.files_linked",
+    JailDiskGiven = "vmm.disk_given",
+    JailDiskLinked = "vmm.disk_linked",
+    JailConsoleMade = "vmm.console_made",
+    JailComplete = "vmm.jail_complete",
+    VmmGrouped = "vmm.grouped",
+    VmmConsoleBegun = "vmm.console_begun",
+    VmmForked = "vmm.forked",
+    VmmIdentified = "vmm.identified",
+    /// Firecracker: its root is open to it.
+    FirecrackerOpened = "firecracker.opened",
+    /// Firecracker: told one thing.
+    FirecrackerTold = "firecracker.told",
+    FirecrackerClosed = "firecracker.closed",
+    FirecrackerStarted = "firecracker.started",
+    VmmDrained = "vmm.drained",
+    /// QEMU: the machine's socket.
+    VmmServed = "vmm.served",
+    VmmKilled = "vmm.killed",
+    VmmFinished = "vmm.finished",
+    JailManifestGone = "vmm.manifest_gone",
+    JailGone = "vmm.jail_gone",
+    VmmGroupGone = "vmm.group_gone",
+    LogsGone = "vmm.logs_gone",
+
+    NetNamed = "net.named",
+    NetMounted = "net.mounted",
+    NetTaps = "net.taps_made",
+    NetVeth = "net.veth_made",
+    NetConfigured = "net.configured",
+    NetRules = "net.rules_loaded",
+    NetMarkedReady = "net.marked_ready",
+    NetMarkedGiven = "net.marked_given",
+    NetAdmitted = "net.admitted",
+    NetMarkedUsed = "net.marked_used",
+    NetSilenced = "net.silenced",
+    NetForgotten = "net.forgotten",
+    NetUnnamed = "net.unnamed",
+    NetLinkGone = "net.link_gone",
+
+    /// Under its temporary name.
+    TemplateFormatted = "image.template_formatted",
+    /// Under its temporary name.
+    DiskCloned = "image.disk_cloned",
+    SpareTaken = "image.spare_taken",
+    DiskNamed = "image.disk_named",
+    DiskRemoved = "image.disk_removed",
+
+    /// In a transaction that is not committed.
+    StoreWritten = "store.written",
+    /// Nobody has been told.
+    StoreCommitted = "store.committed",
+
+    Accepted = "control.accepted",
+    Intended = "control.intended",
+    StepDone = "control.step_done",
+    GuestSaidHello = "control.guest_said_hello",
+    GuestAsked = "control.guest_asked",
+    PhaseWritten = "control.phase_written",
+    Forgotten = "control.forgotten",
+}
