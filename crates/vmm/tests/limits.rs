@@ -125,7 +125,7 @@ async fn one_that_forks_runs_out_of_processes() {
 
 #[tokio::test]
 async fn one_that_spins_gets_its_share_and_no_more() {
-    let limits = Limits { memory: None, pids: None, cpu: Some(300) };
+    let limits = Limits { memory: None, pids: None, cpu: Some(100) };
     let Some(wild) = Wild::start("cpu", limits, "while :; do :; done & while :; do :; done").await else { return };
     let used = || {
         let members = wild.jail.cgroup().members().unwrap();
@@ -133,12 +133,13 @@ async fn one_that_spins_gets_its_share_and_no_more() {
             members.iter().filter_map(|member| std::fs::read_to_string(format!("/proc/{}/stat", member.pid)).ok());
         stats.map(|stat| number(stat.rsplit(") ").next().unwrap().split(' ').nth(11).unwrap())).sum::<u64>()
     };
+    // A busy host may give it less for a while than its limit would.
+    let throttled = || entry(&wild.says("cpu.stat", "cpu.stat", "cpu"), "nr_throttled");
+    common::until("a limit that is felt", async || throttled() > 0).await;
     let before = used();
     tokio::time::sleep(Duration::from_secs(2)).await;
     let ticks = used() - before;
-    // 60 hundredths of a second are its due in 2 s; without a limit it takes what the host can spare, up to 400.
-    assert!((10..=90).contains(&ticks), "{ticks} hundredths of a second in 2 s");
-    let throttled = wild.says("cpu.stat", "cpu.stat", "cpu");
-    assert!(entry(&throttled, "nr_throttled") > 5, "{throttled}");
+    // 20 hundredths of a second are its due in 2 s; without a limit it takes what the host can spare, up to 400.
+    assert!(ticks <= 40, "{ticks} hundredths of a second in 2 s");
     wild.end().await;
 }
