@@ -129,6 +129,10 @@ def command_init(store: Path, _: argparse.Namespace) -> int:
         directory.mkdir(parents=True, exist_ok=True)
     # One script at a time changes the store (flock).
     (store / "cache" / "lock").touch()
+    # Downloads that nobody goes on with.
+    for part in store.glob("cache/downloads/*.part"):
+        if time.time() - part.stat().st_mtime > 7 * 86400:
+            part.unlink()
     # What earlier runs that were killed left half done; an hour is longer than any run.
     for half in [*store.glob("cache/.scratch.*"), *store.glob("manifests/.*.tmp"), *store.glob("blobs/sha256/.*.tmp")]:
         if time.time() - half.stat().st_mtime < 3600:

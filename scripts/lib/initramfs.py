@@ -141,7 +141,15 @@ def keep(tree: Path, order: list[str], modules: dict[str, bytes], directory: Pat
     (directory / "modules.builtin").write_text("".join(f"{line}\n" for line in builtin))
 
 
+def note_built_in(directory: Path) -> None:
+    """For a kernel that needs no modules, in the words of a kernel package: what is wanted is all built in."""
+    (directory / "modules.builtin").write_text("".join(f"{name}.ko\n" for name in WANTED))
+
+
 def make(arguments: argparse.Namespace) -> None:
+    if arguments.all_built_in:
+        note_built_in(arguments.modules)
+        return
     order, modules = collect(arguments.modules)
     if arguments.keep:
         keep(arguments.modules, order, modules, arguments.keep)
@@ -168,6 +176,7 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, help="write the initramfs")
     what.add_argument("--keep", type=Path, help="only copy the modules that are used, to this new directory")
+    what.add_argument("--all-built-in", action="store_true", help="note in --modules that this kernel needs none")
     arguments = parser.parse_args()
     if arguments.out and not arguments.agent:
         parser.error("--out needs --agent")

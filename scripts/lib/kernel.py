@@ -51,6 +51,9 @@ UNPACKERS: list[tuple[bytes, Callable[[bytes], bytes]]] = [
 
 
 def payload_of(image: bytes) -> bytes:
+    if image.startswith(b"\x7fELF"):
+        # Firecracker's own CI hands out what we would unpack.
+        return image
     if image[0x202:0x206] != HEADER_MAGIC:
         raise Bad("not a bzImage: no HdrS at 0x202")
     (protocol,) = struct.unpack_from("<H", image, 0x206)
