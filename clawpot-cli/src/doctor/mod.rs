@@ -4,6 +4,7 @@
 //!
 //! - [`server`] is one there · [`kvm`], [`vmm`] what VMs run on · [`devices`] TUN, kernel modules
 //! - [`cgroup`] their processes · [`storage`] their files · [`firewall`], [`routes`] their network · [`users`] their uids
+//! - [`paths`] who may change what the server trusts · [`tenants`] what leaks between VMs below them · [`tuning`] what costs
 //! - [`check`] a finding · [`tool`] the only place here that runs a program
 
 mod cgroup;
@@ -11,10 +12,13 @@ pub mod check;
 mod devices;
 mod firewall;
 mod kvm;
+mod paths;
 mod routes;
 mod server;
 mod storage;
+mod tenants;
 mod tool;
+mod tuning;
 mod users;
 mod vmm;
 
@@ -47,5 +51,8 @@ pub async fn examine(api: Result<Api, Failure>, places: &Places) -> Vec<Check> {
     checks.push(routes::forwarding());
     checks.push(routes::overlaps());
     checks.push(users::examine());
+    checks.push(paths::examine(places, &vmm::programs()));
+    checks.extend(tenants::examine());
+    checks.extend(tuning::examine(kvm.is_ok()));
     checks
 }

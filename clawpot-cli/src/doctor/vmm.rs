@@ -21,17 +21,29 @@ const GET_FIRECRACKER: &str = "install Firecracker 1.15.1 or later with its jail
 type Program = Option<(PathBuf, Result<Version, String>)>;
 
 pub fn examine(kvm: bool) -> Vec<Check> {
-    let firecracker = look(std::env::var_os("FIRECRACKER_BIN").map(PathBuf::from), "firecracker");
-    // Releases carry both side by side.
-    let beside = firecracker.as_ref().map(|(path, _)| path.with_file_name("jailer"));
-    let jailer = look(beside, "jailer");
-    let qemu = look(None, &format!("qemu-system-{}", std::env::consts::ARCH));
+    let [firecracker, jailer, qemu] = places().map(asked);
     let needed = !(kvm && usable(&firecracker) && usable(&jailer));
     vec![judge_qemu(&qemu, needed), judge("firecracker", &firecracker, kvm), judge("jailer", &jailer, kvm)]
 }
 
-fn look(given: Option<PathBuf>, name: &str) -> Program {
-    let path = given.filter(|path| tool::is_program(path)).or_else(|| tool::find(name))?;
+/// Where those of them are that are there.
+pub fn programs() -> Vec<PathBuf> {
+    places().into_iter().flatten().collect()
+}
+
+/// Firecracker, its jailer, QEMU.
+fn places() -> [Option<PathBuf>; 3] {
+    let place =
+        |given: Option<PathBuf>, name: &str| given.filter(|path| tool::is_program(path)).or_else(|| tool::find(name));
+    let firecracker = place(std::env::var_os("FIRECRACKER_BIN").map(PathBuf::from), "firecracker");
+    // Releases carry both side by side.
+    let jailer = place(firecracker.as_ref().map(|path| path.with_file_name("jailer")), "jailer");
+    let qemu = place(None, &format!("qemu-system-{}", std::env::consts::ARCH));
+    [firecracker, jailer, qemu]
+}
+
+fn asked(path: Option<PathBuf>) -> Program {
+    let path = path?;
     let version = tool::output_of(&path, &["--version"]).and_then(|said| {
         Version::find(&said).ok_or_else(|| format!("--version says {:?}", said.lines().next().unwrap_or_default()))
     });

@@ -3,7 +3,7 @@
 use crate::fake::Fake;
 use crate::{Ran, clawpot};
 
-const CHECKS: [&str; 15] = [
+const CHECKS: [&str; 24] = [
     "server",
     "kvm",
     "qemu",
@@ -19,6 +19,15 @@ const CHECKS: [&str; 15] = [
     "ip_forward",
     "routes",
     "user ids",
+    "paths",
+    "swap",
+    "ksm",
+    "smt",
+    "cpu flaws",
+    "memory",
+    "kvm timers",
+    "kvm start",
+    "host console",
 ];
 
 fn findings(ran: &Ran) -> Vec<serde_json::Value> {

@@ -209,3 +209,44 @@ fn paths_are_told_from_other_words() {
     let text = "see `crates/core/src/phase.rs` and `clawpot run`, not `/run/clawpot` nor `a │ b/c`, but `.ci/run`";
     assert_eq!(named_paths(text), BTreeSet::from(["crates/core/src/phase.rs", ".ci/run"]));
 }
+
+/// `path/of/a/file.rs::name_of_a_test` in backticks.
+fn named_tests(markdown: &str) -> BTreeSet<(&str, &str)> {
+    let spans = markdown.split('`').skip(1).step_by(2);
+    spans.filter_map(|span| span.split_once("::")).filter(|(file, _)| file.contains('/')).collect()
+}
+
+/// The file and the test in it, not called by another's name that begins alike.
+fn is_there(root: &Path, file: &str, test: &str) -> bool {
+    let source = std::fs::read_to_string(root.join(file)).unwrap_or_default();
+    source.lines().any(|line| {
+        let line = line.trim_start().trim_start_matches("pub ").trim_start_matches("async ");
+        let name = line.strip_prefix("fn ").or_else(|| line.strip_prefix("def "));
+        name.is_some_and(|name| name.strip_prefix(test).is_some_and(|rest| rest.starts_with(['(', '<'])))
+    })
+}
+
+#[test]
+fn every_test_that_the_security_document_names_exists() {
+    let root = root();
+    let text = std::fs::read_to_string(root.join("SECURITY.md")).unwrap();
+    let tests = named_tests(&text);
+    assert!(tests.len() > 20, "{tests:?}");
+    let missing: Vec<_> = tests.into_iter().filter(|(file, test)| !is_there(&root, file, test)).collect();
+    assert!(missing.is_empty(), "SECURITY.md names tests that are not there: {missing:?}");
+    // Each line of Firecracker's guide has one, or says that it has none.
+    let guide =
+        text.split("## Firecracker's guide for production hosts").nth(1).unwrap().split("\n## ").next().unwrap();
+    let rows: Vec<&str> = guide.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
+    assert!(rows.len() > 20, "{rows:?}");
+    let bare = rows.into_iter().filter(|row| named_tests(row).is_empty() && !row.contains("| none "));
+    assert_eq!(bare.collect::<Vec<_>>(), Vec::<&str>::new());
+}
+
+#[test]
+fn tests_are_told_from_other_words() {
+    let text = "`a/b.rs::works` and `std::process`, `x/y.py::test_it`";
+    assert_eq!(named_tests(text), BTreeSet::from([("a/b.rs", "works"), ("x/y.py", "test_it")]));
+    assert!(is_there(&root(), file!().trim_start_matches('/'), "tests_are_told_from_other_words"));
+    assert!(!is_there(&root(), file!(), "tests_are_told"));
+}

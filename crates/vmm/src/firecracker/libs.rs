@@ -182,6 +182,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn programs_of_two_releases_or_of_an_old_one_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = |name: &str, says: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, format!("#!/bin/sh\necho {says}\n")).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        };
+        let (new, old) = (program("new", "Firecracker v1.16.1"), program("old", "Firecracker v1.15.0"));
+        let (jailer, older) = (program("jailer", "Jailer v1.16.0"), program("older", "Jailer v1.15.0"));
+        let kept = dir.path().join("kept");
+        for (program, jailer, kind) in [(&new, &jailer, Kind::FailedPrecondition), (&old, &older, Kind::Unsupported)] {
+            let error = Toolbox::install(program, jailer, &kept).await.unwrap_err();
+            assert_eq!(error.kind(), kind, "{}", error.chain());
+            assert!(!kept.exists(), "nothing of it is kept");
+        }
+    }
+
+    #[tokio::test]
     async fn the_libraries_of_a_program_are_collected_and_linked_in() {
         let dir = tempfile::tempdir().unwrap();
         // Any dynamic program of a distribution.
