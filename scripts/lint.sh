@@ -20,9 +20,9 @@ rust_lints() {
 
 # Every tracked or new file that a shell runs.
 shell_files() {
-  git -C "$repo" ls-files --cached --others --exclude-standard -- scripts .ci |
+  git -C "$repo" ls-files --cached --others --exclude-standard -- scripts .ci utils ci .buildkite |
     while IFS= read -r file; do
-      if [[ -f $repo/$file ]] && head -n 1 "$repo/$file" | grep -Eq '^#!.*\bbash\b|^# shellcheck shell=bash'; then echo "$file"; fi
+      if [[ -f $repo/$file ]] && head -n 1 "$repo/$file" | grep -Eq '^#!.*\b(bash|sh)\b|^# shellcheck shell='; then echo "$file"; fi
     done
 }
 
@@ -40,8 +40,12 @@ shell_lints() {
 }
 
 python_lints() {
-  local -a paths=(scripts tests utils)
+  local path
+  local -a paths=(scripts tests utils utils/devvm)
   cd "$repo"
+  for path in ci ci/inner-vm ci/run-local; do
+    if [[ -e $path ]]; then paths+=("$path"); fi
+  done
   if [[ -n $fix ]]; then
     "$python_tools/bin/ruff" check --no-cache --fix "${paths[@]}"
     "$python_tools/bin/ruff" format --no-cache "${paths[@]}"

@@ -12,6 +12,8 @@ here=$(dirname -- "${BASH_SOURCE[0]}")
 source "$here/lib/common.sh"
 # shellcheck source=scripts/lib/packages.sh
 source "$here/lib/packages.sh"
+# shellcheck source=scripts/lib/debian.sh
+source "$here/lib/debian.sh"
 
 usual_packages=bash,coreutils,curl,ca-certificates,git,python3
 # Nobody reads these in a microVM; they are a third of the packages' files.
@@ -21,27 +23,6 @@ left_out=('/usr/share/man/*' '/usr/share/doc/*' '/usr/share/info/*' '/usr/share/
 filesystem_uuid=c1a4b07e-0000-4000-8000-000000000001
 
 store() { as_root /usr/bin/python3 "$repo/scripts/lib/imagestore.py" "$assets" "$@"; }
-
-codename() { (. /etc/os-release && printf '%s' "${VERSION_CODENAME:?this Debian has no codename}"); }
-
-# This machine's Debian sources as one-line entries: those whose signed Release file says Origin: Debian and that belong to
-# its own release. apt itself is asked, so lists, deb822 files and every option are read as apt reads them.
-debian_sources() {
-  local release=$1
-  # shellcheck disable=SC2016 # apt's placeholders, not the shell's
-  apt-get indextargets --format '$(ORIGIN) $(RELEASE) $(COMPONENT) $(ARCHITECTURE) $(REPO_URI)' 'Created-By: Packages' |
-    awk -v release="$release" '
-      $1 == "Debian" && $3 == "main" && $4 == "amd64" &&
-      ($2 == release || $2 == release "-updates" || $2 == release "-security" || $2 == release "/updates") {
-        print "deb " $5 " " $2 " main"
-      }' | sort -u
-}
-
-# How this machine reaches its mirrors (proxies, certificates, patience), for the apt that fills the image.
-transport_options() {
-  apt-config dump --format '%f "%v";%n' Acquire |
-    grep -E '^Acquire::((http|https)(::|$)|Retries |Check-Valid-Until |Check-Date |AllowInsecure|ForceIPv)' | grep -v ' "";$' || true
-}
 
 # When the packages were published: the newest Date of the Release files. Files get no newer time than that.
 publication_time() {
@@ -132,7 +113,7 @@ main() {
   exec 9<"$assets/cache/lock"
   flock 9
   release=$(codename)
-  inputs="$release $packages $(cat "$repo/scripts/setup-rootfs.sh" "$repo/scripts/lib/rootfs-finish.sh" | sha256sum | cut -c1-16)"
+  inputs="$release $packages $(cat "$repo/scripts/setup-rootfs.sh" "$repo/scripts/lib/debian.sh" "$repo/scripts/lib/rootfs-finish.sh" | sha256sum | cut -c1-16)"
   if [[ -z $upgrade ]] && store has-image "$name" "$inputs"; then
     say "✓ image $name is there and whole"
     return

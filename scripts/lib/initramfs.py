@@ -72,7 +72,7 @@ def depends(data: bytes) -> list[str]:
     return [key(name) for name in listed.split(",") if name]
 
 
-def collect(tree: Path) -> tuple[list[str], dict[str, bytes]]:
+def collect(tree: Path, wanted: list[str] = WANTED) -> tuple[list[str], dict[str, bytes]]:
     """Modules in the order in which they must be loaded, and their bytes."""
     if not tree.is_dir():
         raise Bad(f"{tree}: no such directory")
@@ -91,7 +91,7 @@ def collect(tree: Path) -> tuple[list[str], dict[str, bytes]]:
             visit(other, name)
         order.append(name)
 
-    for name in WANTED:
+    for name in wanted:
         visit(name, "the guest")
     return order, data
 
