@@ -186,8 +186,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let program = |name: &str, says: &str| {
             let path = dir.path().join(name);
-            std::fs::write(&path, format!("#!/bin/sh\necho {says}\n")).unwrap();
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            clawpot_host::fs::replace_unsynced(&path, format!("#!/bin/sh\necho {says}\n").as_bytes(), 0o755).unwrap();
             path
         };
         let (new, old) = (program("new", "Firecracker v1.16.1"), program("old", "Firecracker v1.15.0"));
