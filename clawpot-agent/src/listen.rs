@@ -14,7 +14,6 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_w
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
-use tonic::transport::server::Connected;
 
 use crate::console::say;
 
@@ -95,12 +94,6 @@ pub enum Connection {
     /// Its writes are cut to 16 KiB.
     Vsock(VsockStream),
     Tcp(TcpStream),
-}
-
-impl Connected for Connection {
-    type ConnectInfo = ();
-
-    fn connect_info(&self) -> Self::ConnectInfo {}
 }
 
 impl AsyncRead for Connection {

@@ -11,9 +11,11 @@ use clawpot_common::v1::{ExecFailed, ExecInput, ExecOutput};
 use clawpot_common::{CONNECTION_WINDOW, MAX_MESSAGE_BYTES, STREAM_WINDOW};
 use futures_core::Stream;
 use futures_util::{StreamExt, stream};
+use hyper::server::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
-use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::exec::attachment::{Output, attach};
@@ -38,24 +40,30 @@ pub struct Service {
     pub stop: mpsc::Sender<Stop>,
 }
 
-/// Serves whoever comes in until `incoming` ends.
-pub async fn serve<I, C>(service: Service, incoming: I) -> Result<(), tonic::transport::Error>
+/// Serves whoever comes in until `incoming` ends. Straight from HTTP/2 to the service: what tonic's own server puts between
+/// (routes, limits, deadlines of requests) has nothing to do here, and every exec of every guest would pay for it.
+pub async fn serve<I, C>(service: Service, incoming: I) -> std::io::Result<()>
 where
     I: Stream<Item = std::io::Result<C>>,
-    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    tonic::transport::Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_concurrent_streams(MAX_STREAMS)
-        .max_frame_size(MAX_FRAME)
-        .add_service(
-            AgentServer::new(service)
-                .max_decoding_message_size(MAX_MESSAGE_BYTES)
-                .max_encoding_message_size(MAX_MESSAGE_BYTES),
-        )
-        .serve_with_incoming(incoming)
-        .await
+    let agent = AgentServer::new(service)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let agent = TowerToHyperService::new(agent);
+    let mut incoming = std::pin::pin!(incoming);
+    while let Some(connection) = incoming.next().await {
+        let serving = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_concurrent_streams(MAX_STREAMS)
+            .max_frame_size(MAX_FRAME)
+            .serve_connection(TokioIo::new(connection?), agent.clone());
+        // However a connection ends, its execs wait for the host's next one.
+        tokio::spawn(async move { serving.await.unwrap_or_default() });
+    }
+    Ok(())
 }
 
 type ExecStream = Pin<Box<dyn Stream<Item = Result<ExecOutput, Status>> + Send>>;

@@ -14,6 +14,8 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::{Channel, Endpoint};
 
+use crate::gather::Gather;
+
 /// For a socket that is there the kernel answers at once; a guest that is not up yet answers nothing, and the next try should
 /// not wait for TCP's own retransmission after 1 s.
 const CONNECT: Duration = Duration::from_millis(250);
@@ -46,7 +48,7 @@ impl Connection {
 pub async fn dial(endpoint: &GuestEndpoint) -> Result<Connection> {
     let alive = Arc::new(());
     let open = Arc::downgrade(&alive);
-    let stream = TokioIo::new(Watched { stream: stream(endpoint).await?, _alive: alive });
+    let stream = TokioIo::new(Watched { stream: Gather::new(stream(endpoint).await?), _alive: alive });
     // Used up by the first call: a channel never connects a second time, it is dropped and dialled anew.
     let mut once = Some(stream);
     let connector = tower::service_fn(move |_| {
@@ -67,7 +69,7 @@ pub async fn dial(endpoint: &GuestEndpoint) -> Result<Connection> {
 
 /// A stream that tells when it is dropped.
 struct Watched {
-    stream: Box<dyn Stream>,
+    stream: Gather<Box<dyn Stream>>,
     _alive: Arc<()>,
 }
 

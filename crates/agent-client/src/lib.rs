@@ -2,6 +2,7 @@
 //!
 //! - [`dial`] one HTTP/2 connection to one machine, by vsock or by TCP inside its netns
 //! - [`client`] [`AgentClient`]: the port, and the connections it keeps
+//! - [`gather`] small writes that follow each other leave as one packet
 //! - [`exec`] frames as messages, each checked: the guest is hostile
 //!
 //! Called through the port alone; calls `clawpot-host` for sockets in other namespaces.
@@ -9,5 +10,6 @@
 mod client;
 mod dial;
 mod exec;
+mod gather;
 
 pub use client::AgentClient;
