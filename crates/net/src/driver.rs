@@ -173,6 +173,11 @@ impl Net for SlotNet {
         Ok(self.shop.may_talk(slot)?.then_some(()))
     }
 
+    async fn left(&self, slot: Slot) -> Result<Option<()>> {
+        self.shop.site.block.check(slot)?;
+        Ok(self.shop.is_left(slot)?.then_some(()))
+    }
+
     async fn ensure(&self, slot: Slot) -> Result<()> {
         self.on(slot, move |shop, turn| async move { shop.ensure(slot, &turn).await }).await
     }

@@ -86,6 +86,15 @@ impl Workshop {
         Ok(self.standing(slot) == Standing::Given && netns::is_mounted(&self.site.netns(slot))?)
     }
 
+    /// Whether a VM that had the slot has left something, or has it still.
+    pub(crate) fn is_left(&self, slot: Slot) -> Result<bool> {
+        match self.standing(slot) {
+            Standing::Ready(_) => Ok(false),
+            Standing::Given | Standing::Leftover => Ok(true),
+            Standing::Absent => self.is_anything_there(slot),
+        }
+    }
+
     /// Until the slot may talk.
     pub(crate) async fn ensure(self: &Arc<Self>, slot: Slot, turn: &Turn) -> Result<()> {
         if self.may_talk(slot)? {

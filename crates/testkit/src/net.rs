@@ -52,6 +52,11 @@ impl Net for FakeNet {
         self.line.call(Method::NetLook, work).await
     }
 
+    /// A fake slot is there or not, never half.
+    async fn left(&self, slot: Slot) -> Result<Option<()>> {
+        self.look(slot).await
+    }
+
     async fn ensure(&self, slot: Slot) -> Result<()> {
         let work = || {
             self.host.change(|inventory| {

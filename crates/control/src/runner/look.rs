@@ -22,9 +22,11 @@ impl Runner {
             true => Fact::from_look(deps.console.look(&record.id).await),
             false => not_asked(),
         };
-        let net = match matches!(record.phase, Phase::Booting | Phase::Running) {
-            true => not_asked(),
-            false => Fact::from_look(deps.net.look(record.slot).await),
+        let net = match record.phase {
+            Phase::Booting | Phase::Running => not_asked(),
+            Phase::Preparing => Fact::from_look(deps.net.look(record.slot).await),
+            // On the way down what counts is not whether it could be used.
+            _ => Fact::from_look(deps.net.left(record.slot).await),
         };
         let link = self.lives.link(&record.id).filter(|link| link.machine == record.machine());
         let vmm = match self.inspect(record).await {

@@ -16,6 +16,10 @@ pub trait Net: Send + Sync {
     /// Whether [`Self::ensure`] has nothing to do: the netns is there and the slot may talk.
     async fn look(&self, slot: Slot) -> Result<Option<()>>;
 
+    /// Whether [`Self::remove`] has something to do: the slot was given to a VM, and some of it is there, be it half made or
+    /// half removed. Not the same as [`Self::look`]: what cannot be used must still be removed. A warm slot is no VM's.
+    async fn left(&self, slot: Slot) -> Result<Option<()>>;
+
     /// netns, taps, veth, rules, and the two elements that let the slot talk. A slot made ready by [`Self::warm`] costs one
     /// nft transaction. A netns that served another VM is never given out.
     async fn ensure(&self, slot: Slot) -> Result<()>;

@@ -39,6 +39,8 @@ fn a_crash_at_any_step_of_ensure_is_found_and_undone_or_completed() {
 
                 let net = world.open("a").await;
                 assert_eq!(net.list().await.unwrap(), [SLOT], "{step:?}");
+                // One that is ready was never given to anybody.
+                assert_eq!(net.left(SLOT).await.unwrap().is_none(), step == Step::MarkedReady, "{step:?}");
                 if complete {
                     net.ensure(SLOT).await.unwrap();
                     let guest = Guest::start(&net, SLOT);
@@ -65,6 +67,10 @@ fn a_crash_at_any_step_of_remove_is_found_and_completed() {
 
                 let net = world.open("a").await;
                 assert_eq!(net.look(SLOT).await.unwrap(), None, "{step:?}: a used namespace is never given out");
+                // Behind the last step the kernel may have finished by itself.
+                if step != Step::Unnamed {
+                    assert_eq!(net.left(SLOT).await.unwrap(), Some(()), "{step:?}: half removed is not removed");
+                }
                 if again {
                     net.ensure(SLOT).await.unwrap();
                     assert!(Guest::start(&net, SLOT).tcp(PUBLIC, PORT).is_some(), "{step:?}");
