@@ -104,6 +104,12 @@ impl SlotNet {
         self.shop.nft.runs()
     }
 
+    /// Transactions of rules so far, other than copies into a slot's own namespace.
+    #[must_use]
+    pub fn nft_transactions(&self) -> u64 {
+        self.shop.nft.transactions()
+    }
+
     /// Removes everything that bears the instance's name and gives up its block; the last thing that is done with it.
     /// `FailedPrecondition`: a slot is in use, which stays so. The resolver must have ended: its address goes.
     pub async fn give_up(&self) -> Result<()> {
@@ -119,9 +125,7 @@ impl SlotNet {
             )
             .hint("delete the VMs first"));
         }
-        for slot in slots {
-            self.remove(slot).await?;
-        }
+        self.remove_all(slots).await?;
         self.shop.table.remove(&self.shop.nft, &self.shop.site).await?;
         let claim = self.claim.clone();
         self.shop
@@ -130,6 +134,25 @@ impl SlotNet {
                 claim.give_up()
             })
             .await
+    }
+
+    /// At once: the kernel takes apart together what it is given together, and takes as long for one as for all.
+    async fn remove_all(&self, slots: Vec<Slot>) -> Result<()> {
+        let tasks: Vec<_> = slots
+            .into_iter()
+            .map(|slot| {
+                let shop = Arc::clone(&self.shop);
+                tokio::spawn(async move { shop.remove(slot, &shop.turn(slot).await?).await })
+            })
+            .collect();
+        let mut all = Ok(());
+        for task in tasks {
+            let removed = task.await.unwrap_or_else(|error| {
+                Err(Error::new(Kind::Internal, "removing a network slot: the work ended early").because(error))
+            });
+            all = all.and(removed);
+        }
+        all
     }
 
     /// Runs `work` to its end, whether or not the caller waits for it.

@@ -9,7 +9,8 @@
 //! - [`instance`], [`claim`] which instance a state directory is, and its block of slots on this host
 //! - [`address`], [`names`] what follows from block and slot: uids, addresses, names
 //! - [`SlotNet`] the `Net` port: `driver` (doors) → `work` (one slot, to its end) → `slot` (the steps) → `kernel`;
-//!   `warm` works ahead, `table` keeps the host's rules, `rules` writes all rules, `mark` tells after a crash what is what
+//!   `warm` works ahead, `table` keeps the host's rules, `rules` writes all rules, `original` keeps a slot's as the kernel has
+//!   them, `mark` tells after a crash what is what
 //!
 //! Called by the server's `app.rs`; calls `host` for threads, processes and files.
 
@@ -21,6 +22,7 @@ pub mod instance;
 mod kernel;
 mod mark;
 pub mod names;
+mod original;
 mod rules;
 mod slot;
 mod steps;

@@ -50,25 +50,26 @@ impl Site {
         self.netns_dir.join(self.names.slot(slot))
     }
 
-    /// Namespace and links of a slot of which nothing is there; no rules yet, and no mark.
-    pub(crate) fn make(&self, slot: Slot, steps: &Steps) -> Result<()> {
+    /// Namespace and links of a slot of which nothing is there; no rules yet, and no mark. A netfilter socket inside.
+    pub(crate) fn make(&self, slot: Slot, steps: &Steps) -> Result<Netlink> {
         let name = self.names.slot(slot);
         let path = self.netns(slot);
         let mut host = Netlink::route()?;
         netns::create_name(&path)?;
         steps.reached(Step::Named)?;
-        let mut inside = self.make_netns(slot, &path, steps)?;
+        let (mut inside, netfilter) = self.make_netns(slot, &path, steps)?;
         let fd = clawpot_host::netns::open(&path)?;
         let near = End { name: &name, mac: HOST_END_MAC };
         link::add_veth(&mut host, &near, &End { name: UPLINK, mac: UPLINK_MAC }, fd.as_fd())?;
         steps.reached(Step::Veth)?;
         self.configure_host_end(&mut host, slot, &name)?;
         self.configure_inside(&mut inside, slot)?;
-        steps.reached(Step::Configured)
+        steps.reached(Step::Configured)?;
+        Ok(netfilter)
     }
 
-    /// The namespace with its settings and taps, made on a thread that ends; the socket stays inside.
-    fn make_netns(&self, slot: Slot, path: &Path, steps: &Steps) -> Result<Netlink> {
+    /// The namespace with its settings and taps, made on a thread that ends; the two sockets stay inside.
+    fn make_netns(&self, slot: Slot, path: &Path, steps: &Steps) -> Result<(Netlink, Netlink)> {
         let uid = self.block.uid(slot);
         let work = || {
             netns::unshare_named(path)?;
@@ -77,7 +78,7 @@ impl Site {
             tap::create(TAP, uid, uid)?;
             tap::create(MANAGEMENT_TAP, uid, uid)?;
             steps.reached(Step::Taps)?;
-            Netlink::route()
+            Ok((Netlink::route()?, Netlink::netfilter()?))
         };
         std::thread::scope(|scope| {
             let thread = std::thread::Builder::new()

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use clawpot_types::{Error, Result, Slot};
 use tokio::sync::Mutex;
 
+use crate::kernel::nfnetlink::Change;
 use crate::kernel::nft::{Nft, inet_table_exists};
 use crate::rules::host;
 use crate::slot::Site;
@@ -34,7 +35,8 @@ impl HostTable {
             return Ok(());
         }
         let what = format!("network slot {slot}: letting it talk");
-        let failed = match nft.run(&host::admit(&site.names, &site.block, slot), None, &what).await {
+        let elements = host::elements(&site.names, &site.block, slot);
+        let failed = match nft.change(Change::Add, site.names.table(), elements, &what).await {
             Ok(()) => {
                 admitted.insert(slot);
                 return Ok(());
@@ -52,7 +54,8 @@ impl HostTable {
             return Ok(());
         }
         let what = format!("network slot {slot}: silencing it");
-        let failed = match nft.run(&host::silence(&site.names, &site.block, slot), None, &what).await {
+        let elements = host::elements(&site.names, &site.block, slot);
+        let failed = match nft.change(Change::Delete, site.names.table(), elements, &what).await {
             Ok(()) => {
                 admitted.remove(&slot);
                 return Ok(());

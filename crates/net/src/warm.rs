@@ -47,7 +47,7 @@ pub(crate) async fn run(shop: Arc<Workshop>, mut wanted: watch::Receiver<Option<
 /// Returns early when the wish has changed.
 async fn serve(shop: &Arc<Workshop>, slots: &[Slot], wanted: &watch::Receiver<Option<Vec<Slot>>>) -> Result<()> {
     // An address that the host has lost or got changes the rules.
-    let digest = shop.block(|shop| shop.rules().map(|(_, digest)| digest)).await?;
+    let digest = shop.block(|shop| shop.original().map(|original| original.digest)).await?;
     for (slot, made_with) in shop.ready() {
         if !slots.contains(&slot) || made_with != digest {
             let turn = shop.turn(slot).await?;

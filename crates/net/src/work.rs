@@ -7,11 +7,12 @@ use clawpot_types::{Error, Kind, Result, Slot};
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 use tokio::time::{Instant, sleep};
 
+use crate::kernel::netlink::Netlink;
 use crate::kernel::netns;
+use crate::kernel::nfnetlink::Ruleset;
 use crate::kernel::nft::Nft;
 use crate::mark::{Mark, RulesDigest, Standing};
-use crate::rules;
-use crate::rules::nft::Transaction;
+use crate::original::{Original, Originals};
 use crate::slot::Site;
 use crate::steps::{Step, Steps};
 use crate::table::HostTable;
@@ -19,10 +20,11 @@ use crate::table::HostTable;
 /// Slots made or removed at a time: the kernel's lock on all links lets them pass one by one anyway.
 const AT_ONCE: usize = 4;
 
-/// A veth goes 4–30 ms after its namespace's name, later when many go at once; after this somebody must be holding it.
-const LINK_GOES_BY_ITSELF: Duration = Duration::from_millis(500);
-/// And this long after that it is an error.
-const LINK_GOES: Duration = Duration::from_secs(10);
+/// A veth goes 4–30 ms after its namespace's name, a second later when hundreds go at once; after this somebody must be
+/// holding it. Removing one by hand takes 30 ms during which nobody else changes a link, so it is the last resort.
+const LINK_GOES_BY_ITSELF: Duration = Duration::from_secs(2);
+/// And this long after its name it is an error.
+const LINK_GOES: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
 pub(crate) struct Workshop {
@@ -30,9 +32,18 @@ pub(crate) struct Workshop {
     pub(crate) nft: Nft,
     pub(crate) table: HostTable,
     pub(crate) steps: Steps,
+    originals: Originals,
     standing: Mutex<Vec<Standing>>,
     locks: Vec<Arc<tokio::sync::Mutex<()>>>,
     hands: Semaphore,
+}
+
+/// How a slot came by its rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Loaded {
+    Whole,
+    /// The kernel did not take a copy; the slot is to be made again, which `nft` does.
+    Refused,
 }
 
 /// Holder of a slot's lock.
@@ -47,6 +58,7 @@ impl Workshop {
             nft,
             table,
             steps: Steps::default(),
+            originals: Originals::default(),
             standing: Mutex::new(standing),
             locks,
             hands: Semaphore::new(AT_ONCE),
@@ -118,20 +130,28 @@ impl Workshop {
         if self.standing(slot) != Standing::Absent {
             self.remove(slot, turn).await?;
         }
+        if let Loaded::Refused = self.try_make(slot).await? {
+            self.remove(slot, turn).await?;
+            self.try_make(slot).await?;
+        }
+        Ok(())
+    }
+
+    async fn try_make(self: &Arc<Self>, slot: Slot) -> Result<Loaded> {
         let _hand = self.hand().await?;
         self.set(slot, Standing::Leftover);
-        let (rules, digest) = self
+        let (original, inside) = self
             .block(move |shop| {
-                let rules = shop.rules()?;
-                shop.site.make(slot, &shop.steps)?;
-                Ok(rules)
+                let original = shop.original()?;
+                Ok((original, shop.site.make(slot, &shop.steps)?))
             })
             .await
             .map_err(|error| error.context(format!("network slot {slot}: making its namespace and links")))?;
-        let inside = clawpot_host::netns::open(&self.site.netns(slot))?;
-        let what = format!("network slot {slot}: loading its rules");
-        self.nft.run(&rules, Some(inside), &what).await?;
+        if let Loaded::Refused = self.load_rules(slot, &original, inside).await? {
+            return Ok(Loaded::Refused);
+        }
         self.steps.reached(Step::Rules)?;
+        let digest = original.digest;
         if !self.block(move |shop| shop.site.mark(slot, Mark::Ready(digest))).await? {
             return Err(Error::new(
                 Kind::Conflict,
@@ -140,14 +160,31 @@ impl Workshop {
         }
         self.steps.reached(Step::MarkedReady)?;
         self.set(slot, Standing::Ready(digest));
-        Ok(())
+        Ok(Loaded::Whole)
+    }
+
+    /// Into a namespace that has none. `inside`: a netfilter socket of it.
+    async fn load_rules(self: &Arc<Self>, slot: Slot, original: &Arc<Original>, mut inside: Netlink) -> Result<Loaded> {
+        if let Some(compiled) = original.compiled() {
+            return Ok(match self.block(move |_| compiled.write(&mut inside)).await {
+                Ok(()) => Loaded::Whole,
+                Err(error) => {
+                    original.refuse_copies();
+                    tracing::warn!(%slot, error = error.chain(), "slots' rules are loaded by nft from now on");
+                    Loaded::Refused
+                }
+            });
+        }
+        let netns = clawpot_host::netns::open(&self.site.netns(slot))?;
+        let what = format!("network slot {slot}: loading its rules");
+        self.nft.run(&original.rules, Some(netns), &what).await?;
+        original.keep(self.block(move |_| Ruleset::read(&mut inside)).await?);
+        Ok(Loaded::Whole)
     }
 
     /// The rules that a slot made now has. Blocks for a moment.
-    pub(crate) fn rules(&self) -> Result<(Transaction, RulesDigest)> {
-        let rules = rules::slot::ruleset(&self.site.block, &self.site.host_addresses()?);
-        let digest = RulesDigest::of(&rules.to_json().to_string());
-        Ok((rules, digest))
+    pub(crate) fn original(&self) -> Result<Arc<Original>> {
+        Ok(self.originals.current(&self.site.block, self.site.host_addresses()?))
     }
 
     /// Until nothing of the slot is left.
@@ -193,6 +230,7 @@ impl Workshop {
             }
             if !by_hand && start.elapsed() > LINK_GOES_BY_ITSELF {
                 by_hand = true;
+                let _hand = self.hand().await?;
                 self.block(move |shop| shop.site.delete_link(slot)).await?;
             }
             sleep(pause).await;

@@ -7,6 +7,7 @@
 //! - [`tap`] the taps that VMMs open
 //! - [`sysctl`] settings of the calling thread's namespace
 //! - [`conntrack`] forgetting an address's connections
+//! - [`nfnetlink`] elements of sets, and copies of rules
 //! - [`nft`] rules; the only one that runs a program, and async
 
 pub(crate) mod conntrack;
@@ -14,6 +15,7 @@ pub(crate) mod link;
 pub(crate) mod look;
 pub(crate) mod netlink;
 pub(crate) mod netns;
+pub(crate) mod nfnetlink;
 pub(crate) mod nft;
 pub(crate) mod sysctl;
 pub(crate) mod tap;

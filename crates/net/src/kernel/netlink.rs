@@ -17,6 +17,13 @@ const NLMSG_NOOP: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 
+/// `NFNL_MSG_BATCH_{BEGIN,END}`
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+
+/// More than any acknowledgement is: without the message it answers.
+const ACKNOWLEDGEMENT: usize = 256;
+
 /// A dump that others change meanwhile is asked for again, so often at most.
 const DUMP_TRIES: u32 = 20;
 
@@ -106,10 +113,61 @@ impl Netlink {
         Err(Refused(Errno::AGAIN))
     }
 
+    /// Changes of one netfilter subsystem, each as type, flags and bytes after the header: all of them or none.
+    pub(crate) fn transaction(&mut self, subsystem: u8, changes: &[(u16, u16, Vec<u8>)]) -> Result<(), Refused> {
+        let Some(last) = changes.len().checked_sub(1) else { return Ok(()) };
+        // `struct nfgenmsg`: no family, version 0, the subsystem in network order.
+        let frame = [0, 0, 0, subsystem];
+        let mut bytes = Vec::new();
+        self.append(&mut bytes, BATCH_BEGIN, NLM_F_REQUEST, &frame)?;
+        let first = self.sequence;
+        for (n, (kind, flags, body)) in changes.iter().enumerate() {
+            // What is acknowledged last is so after all of it is in force.
+            let ack = if n == last { NLM_F_ACK } else { 0 };
+            self.append(&mut bytes, *kind, NLM_F_REQUEST | ack | flags, body)?;
+        }
+        let awaited = self.sequence;
+        self.append(&mut bytes, BATCH_END, NLM_F_REQUEST, &frame)?;
+        self.socket.set_cap_ack(true)?;
+        self.socket.send(&bytes, 0)?;
+        self.outcome(first, awaited)
+    }
+
+    /// The first refusal of any of these, else whether the last was acknowledged. All answers are there when the kernel has
+    /// taken a transaction; when it throws one away as a whole, some never come.
+    fn outcome(&self, first: u32, last: u32) -> Result<(), Refused> {
+        let mut acknowledged = false;
+        loop {
+            let mut bytes = Vec::with_capacity(ACKNOWLEDGEMENT);
+            match self.socket.recv(&mut bytes, libc::MSG_DONTWAIT) {
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error.into()),
+            }
+            let mut rest = &bytes[..];
+            while let Some(message) = Message::split(&mut rest) {
+                if message.kind != NLMSG_ERROR || !(first..=last).contains(&message.sequence) {
+                    continue;
+                }
+                match message.error() {
+                    Some(errno) => return Err(Refused(errno)),
+                    None => acknowledged |= message.sequence == last,
+                }
+            }
+        }
+        if acknowledged { Ok(()) } else { Err(Refused(Errno::IO)) }
+    }
+
     fn send_raw(&mut self, kind: u16, flags: u16, body: &[u8]) -> Result<(), Refused> {
+        let mut bytes = Vec::with_capacity(HEADER + body.len());
+        self.append(&mut bytes, kind, flags, body)?;
+        self.socket.send(&bytes, 0)?;
+        Ok(())
+    }
+
+    fn append(&mut self, bytes: &mut Vec<u8>, kind: u16, flags: u16, body: &[u8]) -> Result<(), Refused> {
         self.sequence += 1;
         let length = u32::try_from(HEADER + body.len()).map_err(|_| Refused(Errno::MSGSIZE))?;
-        let mut bytes = Vec::with_capacity(HEADER + body.len());
         bytes.extend_from_slice(&length.to_ne_bytes());
         bytes.extend_from_slice(&kind.to_ne_bytes());
         bytes.extend_from_slice(&flags.to_ne_bytes());
@@ -117,7 +175,7 @@ impl Netlink {
         // The kernel knows our address.
         bytes.extend_from_slice(&0_u32.to_ne_bytes());
         bytes.extend_from_slice(body);
-        self.socket.send(&bytes, 0)?;
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
         Ok(())
     }
 
@@ -136,11 +194,7 @@ impl Netlink {
                     NLMSG_NOOP => {}
                     NLMSG_ERROR | NLMSG_DONE => {
                         // The end of a dump may say an errno too; without one it stands for success.
-                        let code = message.payload.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
-                        return match code {
-                            0.. => Ok(whole),
-                            code => Err(Refused(Errno::from_raw_os_error(-code))),
-                        };
+                        return message.error().map_or(Ok(whole), |errno| Err(Refused(errno)));
                     }
                     kind => each(kind, message.payload),
                 }
@@ -157,6 +211,12 @@ struct Message<'a> {
 }
 
 impl<'a> Message<'a> {
+    /// Of an answer that ends an exchange; none is success.
+    fn error(&self) -> Option<Errno> {
+        let code = self.payload.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
+        (code < 0).then(|| Errno::from_raw_os_error(-code))
+    }
+
     fn split(rest: &mut &'a [u8]) -> Option<Self> {
         let header = rest.first_chunk::<HEADER>()?;
         let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = *header;

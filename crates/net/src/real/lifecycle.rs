@@ -7,7 +7,8 @@ use clawpot_types::{Kind, Slot};
 use super::crash::left_behind;
 use super::world::{Guest, PORT, PUBLIC, on_host, paths};
 use crate::SlotNet;
-use crate::kernel::conntrack;
+use crate::kernel::netlink::Netlink;
+use crate::kernel::{conntrack, look};
 
 #[test]
 fn nothing_is_left_of_a_slot_and_then_of_the_instance() {
@@ -76,9 +77,10 @@ fn a_warm_slot_costs_one_transaction() {
         assert_eq!(net.look(Slot(0)).await.unwrap(), None);
         assert_eq!(net.list().await.unwrap(), [Slot(0), Slot(1), Slot(2)]);
 
-        let before = net.nft_runs();
+        let (there, before) = (links(), (net.nft_runs(), net.nft_transactions()));
         net.ensure(Slot(0)).await.unwrap();
-        assert_eq!(net.nft_runs(), before + 1);
+        assert_eq!((net.nft_runs(), net.nft_transactions()), (before.0, before.1 + 1));
+        assert_eq!(links(), there, "no link was made");
         assert!(Guest::start(&net, Slot(0)).reaches(PUBLIC, PORT));
 
         // Others are wished for: one stays, one goes, one comes; the given one is left alone.
@@ -92,9 +94,10 @@ fn a_warm_slot_costs_one_transaction() {
         let net = world.open("a").await;
         assert_eq!(net.look(Slot(0)).await.unwrap(), Some(()));
         until_ready(&net, &[2, 3]).await;
-        let before = net.nft_runs();
+        let (there, before) = (links(), (net.nft_runs(), net.nft_transactions()));
         net.ensure(Slot(3)).await.unwrap();
-        assert_eq!(net.nft_runs(), before + 1);
+        assert_eq!((net.nft_runs(), net.nft_transactions()), (before.0, before.1 + 1));
+        assert_eq!(links(), there, "no link was made");
 
         // Asked for while it is being made ahead: made once.
         net.warm(&[Slot(4)]).await;
@@ -106,6 +109,32 @@ fn a_warm_slot_costs_one_transaction() {
         }
         net.give_up().await.unwrap();
         assert!(net.list().await.unwrap().is_empty());
+    });
+}
+
+/// Numbers of the host's links; none is given twice.
+fn links() -> Vec<u32> {
+    look::links(&mut Netlink::route().unwrap()).unwrap().into_iter().map(|link| link.index).collect()
+}
+
+#[test]
+fn every_slots_rules_are_what_nft_made_of_them() {
+    on_host(|world| async move {
+        let net = world.open("a").await;
+        let slots = [Slot(1), Slot(2), Slot(3)];
+        for slot in slots {
+            net.ensure(slot).await.unwrap();
+        }
+        assert_eq!(net.nft_runs(), 2, "the host's table, and the first slot's rules");
+        let mut listed = Vec::new();
+        for slot in slots {
+            let netns = clawpot_host::netns::open(&net.seat(slot).unwrap().netns).unwrap();
+            let nft = Tool::new(paths().nft).args(["list", "ruleset"]).with(|spawn| spawn.netns(netns));
+            listed.push(String::from_utf8(nft.run().await.unwrap()).unwrap());
+        }
+        assert!(listed[0].contains("policy drop") && listed[0].contains("169.254.0.0/16"), "{}", listed[0]);
+        assert_eq!(listed[1], listed[0]);
+        assert_eq!(listed[2], listed[0]);
     });
 }
 
@@ -131,7 +160,8 @@ fn a_caller_that_goes_away_stops_nothing_half_way() {
         assert!(gave_up.is_err(), "too fast for this test");
         // Waits for its turn, then finds it done.
         net.ensure(Slot(1)).await.unwrap();
-        assert_eq!(net.nft_runs(), 3, "the table, the slot's rules, its elements");
+        let counted = (net.nft_runs(), net.nft_transactions());
+        assert_eq!(counted, (2, 3), "the table, the slot's rules; its elements without the program");
         let gave_up = tokio::time::timeout(Duration::from_micros(100), net.remove(Slot(1))).await;
         assert!(gave_up.is_err(), "too fast for this test");
         net.ensure(Slot(1)).await.unwrap();

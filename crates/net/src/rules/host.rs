@@ -3,7 +3,7 @@
 
 use clawpot_types::Slot;
 
-use super::nft::{Expr, Hook, Step, Transaction};
+use super::nft::{Element, Expr, Hook, Step, Transaction};
 use super::{DNS, denied};
 use crate::address::Block;
 use crate::names::Names;
@@ -14,6 +14,9 @@ const SOURCES: &str = "slot_src";
 /// What a link may do.
 const EGRESS: &str = "slot_egress";
 const OPEN: &str = "egress_open";
+
+/// Bytes of a link's name in a set's key.
+const IFNAMSIZ: usize = 16;
 
 /// The whole table anew, with these slots' elements, in one transaction: nobody sees a moment without it.
 pub(crate) fn replace(names: &Names, block: &Block, slots: impl IntoIterator<Item = Slot>) -> Transaction {
@@ -37,21 +40,12 @@ pub(crate) fn remove(names: &Names) -> Transaction {
     rules
 }
 
-/// Lets the slot talk.
-pub(crate) fn admit(names: &Names, block: &Block, slot: Slot) -> Transaction {
-    let name = names.table();
-    let mut rules = Transaction::default();
-    add_elements(&mut rules, &name, names, block, slot);
-    rules
-}
-
-/// Takes that back. Fails if an element is not there.
-pub(crate) fn silence(names: &Names, block: &Block, slot: Slot) -> Transaction {
-    let name = names.table();
-    let (link, source) = keys(names, block, slot);
-    let mut rules = Transaction::default();
-    rules.existing(FAMILY, &name).delete_element(SOURCES, &source).delete_element(EGRESS, &link);
-    rules
+/// What lets the slot talk, and without which it has no traffic: its address on its link, and what the link may do.
+pub(crate) fn elements(names: &Names, block: &Block, slot: Slot) -> [Element; 2] {
+    let mut link = names.slot(slot).into_bytes();
+    link.resize(IFNAMSIZ, 0);
+    let source = [&link[..], &block.slot_address(slot).octets()].concat();
+    [Element { set: SOURCES, key: source, jump: None }, Element { set: EGRESS, key: link, jump: Some(OPEN) }]
 }
 
 fn keys(names: &Names, block: &Block, slot: Slot) -> (Expr, Expr) {
@@ -147,10 +141,9 @@ mod tests {
 
     #[test]
     fn two_elements_for_a_slot() {
-        insta::assert_json_snapshot!([
-            admit(&names(), &block(), Slot(7)).to_json(),
-            silence(&names(), &block(), Slot(7)).to_json(),
-            remove(&names()).to_json(),
-        ]);
+        let [source, egress] = elements(&names(), &block(), Slot(7));
+        assert_eq!(source.key, b"cp3f7a-7\0\0\0\0\0\0\0\0\x0a\xc9\x10\x0f");
+        assert_eq!(egress.key, b"cp3f7a-7\0\0\0\0\0\0\0\0");
+        assert_eq!((source.set, source.jump, egress.set, egress.jump), (SOURCES, None, EGRESS, Some(OPEN)));
     }
 }

@@ -65,6 +65,15 @@ pub(crate) struct Hook {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Transaction(Vec<Value>);
 
+/// One element of a set, or of a map from a key to a jump, as the kernel has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Element {
+    pub(crate) set: &'static str,
+    /// Each part padded to four bytes.
+    pub(crate) key: Vec<u8>,
+    pub(crate) jump: Option<&'static str>,
+}
+
 impl Transaction {
     pub(crate) fn table<'a>(&'a mut self, family: &'static str, name: &'a str) -> Table<'a> {
         let table = Table { commands: &mut self.0, family, name };
@@ -157,12 +166,6 @@ impl Table<'_> {
 
     pub(crate) fn jump_element(&mut self, map: &'static str, key: &Expr, chain: &'static str) -> &mut Self {
         self.add("element", json!({"name": map, "elem": [[key.to_json(), {"jump": {"target": chain}}]]}));
-        self
-    }
-
-    pub(crate) fn delete_element(&mut self, set: &'static str, element: &Expr) -> &mut Self {
-        let object = json!({"family": self.family, "table": self.name, "name": set, "elem": [element.to_json()]});
-        self.commands.push(json!({"delete": {"element": object}}));
         self
     }
 }
