@@ -52,6 +52,7 @@ pub enum Verb {
     Wait(c::wait::Args),
     Stop(c::stop::Args),
     Start(c::start::Args),
+    Ttl(c::ttl::Args),
     Rm(c::rm::Args),
     Logs(c::logs::Args),
     Events(c::events::Args),

@@ -118,7 +118,10 @@ fn judge(goal: Goal, change: &VmChange, before: Option<&Vm>) -> Verdict {
         (Phase::Quarantined, _) => Verdict::Never(view::vm::failure(&vm)),
         _ if old => Verdict::Wait,
         (Phase::Failed, Goal::Phase(_)) => Verdict::Never(view::vm::failure(&vm)),
-        (Phase::Stopped, Goal::Phase(Phase::Running)) if vm.desired() == Desired::Stopped => never("it was stopped"),
+        (Phase::Stopped, Goal::Phase(Phase::Running)) if vm.desired() == Desired::Stopped => {
+            let why = vm.last_exit.as_ref().map(|exit| format!("it was stopped: {}", exit.message));
+            never(why.as_deref().unwrap_or("it was stopped"))
+        }
         (Phase::Deleting, Goal::Phase(_)) => never("it is being deleted"),
         _ => Verdict::Wait,
     }

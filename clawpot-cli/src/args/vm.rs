@@ -1,10 +1,12 @@
 //! What `run` and `create` say about the new VM.
 
-use clap::Args;
-use clawpot_common::v1::{CreateVmRequest, EnvVar, VmSpec};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use clawpot_common::v1::{CreateVmRequest, EnvVar, RestartPolicy, VmSpec};
 use clawpot_types::{ImageRef, Label, MiB, Vcpus, VmName};
 
-use super::{env, labels, size};
+use super::{env, labels, size, time};
 use crate::failure::Failure;
 
 #[derive(Clone, Debug, Args)]
@@ -34,6 +36,30 @@ pub struct VmArgs {
     /// User of its commands: NAME, UID, NAME:GROUP or UID:GID
     #[arg(short, long, value_name = "USER")]
     user: Option<String>,
+    /// Stop it after this long, delete it with --rm: seconds, or like 90s, 30m, 12h; `clawpot ttl` puts it off [default: never]
+    #[arg(long, value_name = "TIME", value_parser = time::positive)]
+    ttl: Option<Duration>,
+    /// Start it again when it ended unasked: on-failure when it failed, its VMM died or the host was rebooted, always also
+    /// when the guest powered itself off; not with --rm
+    #[arg(long, value_enum, value_name = "POLICY", default_value = "never")]
+    restart: Restart,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Restart {
+    Never,
+    OnFailure,
+    Always,
+}
+
+impl From<Restart> for RestartPolicy {
+    fn from(restart: Restart) -> Self {
+        match restart {
+            Restart::Never => Self::RestartNever,
+            Restart::OnFailure => Self::RestartOnFailure,
+            Restart::Always => Self::RestartAlways,
+        }
+    }
 }
 
 impl VmArgs {
@@ -54,6 +80,8 @@ impl VmArgs {
             labels: labels::wire(&self.labels)?,
             spec: Some(spec),
             remove_when_done: false,
+            ttl_ms: self.ttl.map(time::millis).unwrap_or_default(),
+            restart: RestartPolicy::from(self.restart).into(),
         })
     }
 }

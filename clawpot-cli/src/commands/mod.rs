@@ -14,6 +14,7 @@ pub mod rm;
 pub mod run;
 pub mod start;
 pub mod stop;
+pub mod ttl;
 pub mod version;
 pub mod wait;
 
@@ -42,6 +43,7 @@ pub async fn dispatch(cli: Cli) -> Outcome {
         Verb::Wait(args) => wait::run(global, args).await,
         Verb::Stop(args) => stop::run(global, args).await,
         Verb::Start(args) => start::run(global, args).await,
+        Verb::Ttl(args) => ttl::run(global, args).await,
         Verb::Rm(args) => rm::run(global, args).await,
         Verb::Logs(args) => logs::run(global, args).await,
         Verb::Events(args) => events::run(global, args).await,

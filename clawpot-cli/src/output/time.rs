@@ -24,6 +24,13 @@ pub fn age_of(time: Option<&Timestamp>, now: SystemTime) -> String {
     then.map_or_else(|| "-".to_owned(), |then| age(now.duration_since(then).unwrap_or_default()))
 }
 
+/// `in 5m`, or `now` where it is over or about to be.
+#[must_use]
+pub fn until(time: &Timestamp, now: SystemTime) -> String {
+    let left = SystemTime::try_from(*time).ok().and_then(|then| then.duration_since(now).ok()).unwrap_or_default();
+    if left.as_secs() == 0 { "now".to_owned() } else { format!("in {}", age(left)) }
+}
+
 /// `2026-11-21T10:19:00.123456Z`, to the microsecond.
 #[must_use]
 pub fn rfc3339(time: &Timestamp) -> String {

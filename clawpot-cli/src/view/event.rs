@@ -40,8 +40,9 @@ impl From<&Event> for EventView {
 pub fn line(event: &Event) -> String {
     let at = event.time.as_ref().map_or_else(|| "-".to_owned(), time::rfc3339);
     let vm = or_dash(if event.vm_name.is_empty() { &event.vm_id } else { &event.vm_name });
-    printable(&format!("{at:<27}  {vm:<16}  {:<12}  {}", event.kind, event.message)).into_owned()
+    printable(&format!("{at:<27}  {vm:<16}  {:<9}  {:<10}  {}", event.kind, or_dash(&event.actor), event.message))
+        .into_owned()
 }
 
 /// Above the first line.
-pub const HEADER: &str = "TIME                         VM                KIND          MESSAGE";
+pub const HEADER: &str = "TIME                         VM                KIND       ACTOR       MESSAGE";

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use clawpot_common::v1::{Desired, EnvVar, Phase, PhaseTiming, Vm};
+use clawpot_common::v1::exit::Reason;
+use clawpot_common::v1::{Desired, EnvVar, Exit, Phase, PhaseTiming, RestartPolicy, Vm};
 use serde::Serialize;
 
 use super::{known, or_dash};
@@ -20,6 +21,8 @@ pub struct VmView {
     pub phase: String,
     /// "running", "stopped" or "deleted": what the owner wants.
     pub desired: String,
+    /// Who said so last: "uid=1000", "server".
+    pub desired_by: Option<String>,
     pub revision: u64,
     pub generation: u64,
     pub incarnation: u64,
@@ -41,6 +44,34 @@ pub struct VmView {
     /// The last boot, in order; a name with a dot is a step within the one before the dot.
     pub timings: Vec<TimingView>,
     pub failure: Option<FailureView>,
+    /// How the last incarnation ended that did.
+    pub last_exit: Option<ExitView>,
+    pub restart: RestartView,
+    /// From a create, start or keep-alive.
+    pub ttl_ms: Option<u64>,
+    /// When that is over.
+    pub expires_at: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct ExitView {
+    /// "powered-off", "guest-panicked", "vmm-died", "host-rebooted", "boot-timeout", "failed", "stopped", "ttl-over", "deleted".
+    pub reason: String,
+    /// "uid=1000", "guest", "host" or "server".
+    pub by: String,
+    pub message: String,
+    pub incarnation: u64,
+    pub happened_at: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct RestartView {
+    /// "never", "on-failure" or "always".
+    pub policy: String,
+    /// Starts by policy since it was last well.
+    pub attempts: u32,
+    /// While a start by policy is waited for.
+    pub due_at: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -68,6 +99,7 @@ impl From<&Vm> for VmView {
             labels: vm.labels.clone().into_iter().collect(),
             phase: phase(vm),
             desired: desired(vm),
+            desired_by: known(&vm.desired_by),
             revision: vm.revision,
             generation: vm.generation,
             incarnation: vm.incarnation,
@@ -94,7 +126,53 @@ impl From<&Vm> for VmView {
                 cleanup: known(&failure.cleanup),
                 console_tail: failure.console_tail.clone(),
             }),
+            last_exit: vm.last_exit.as_ref().map(ExitView::from),
+            restart: RestartView {
+                policy: policy(vm),
+                attempts: vm.restart_attempts,
+                due_at: vm.restart_at.as_ref().map(time::rfc3339),
+            },
+            ttl_ms: (vm.ttl_ms > 0).then_some(vm.ttl_ms),
+            expires_at: vm.expires_at.as_ref().map(time::rfc3339),
         }
+    }
+}
+
+impl From<&Exit> for ExitView {
+    fn from(exit: &Exit) -> Self {
+        Self {
+            reason: reason(exit),
+            by: exit.by.clone(),
+            message: exit.message.clone(),
+            incarnation: exit.incarnation,
+            happened_at: exit.at.as_ref().map(time::rfc3339),
+        }
+    }
+}
+
+fn reason(exit: &Exit) -> String {
+    let name = match Reason::try_from(exit.reason) {
+        Ok(Reason::Unspecified) => "unknown",
+        Ok(Reason::PoweredOff) => "powered-off",
+        Ok(Reason::GuestPanicked) => "guest-panicked",
+        Ok(Reason::VmmDied) => "vmm-died",
+        Ok(Reason::HostRebooted) => "host-rebooted",
+        Ok(Reason::BootTimeout) => "boot-timeout",
+        Ok(Reason::Failed) => "failed",
+        Ok(Reason::Stopped) => "stopped",
+        Ok(Reason::TtlOver) => "ttl-over",
+        Ok(Reason::Deleted) => "deleted",
+        Err(_) => return format!("unknown({})", exit.reason),
+    };
+    name.to_owned()
+}
+
+fn policy(vm: &Vm) -> String {
+    match RestartPolicy::try_from(vm.restart) {
+        Ok(RestartPolicy::RestartUnspecified | RestartPolicy::RestartNever) => "never".to_owned(),
+        Ok(RestartPolicy::RestartOnFailure) => "on-failure".to_owned(),
+        Ok(RestartPolicy::RestartAlways) => "always".to_owned(),
+        Err(_) => format!("unknown({})", vm.restart),
     }
 }
 
@@ -195,6 +273,7 @@ pub fn detail(vm: &Vm, now: SystemTime) -> String {
     pairs.extend(known(&spec.cwd).map(|cwd| ("Directory", cwd)));
     pairs.extend(known(&spec.user).map(|user| ("User", user)));
     pairs.extend(vm.remove_when_done.then(|| ("Remove", "when its first command has ended".to_owned())));
+    pairs.extend(life(vm, now));
     if let Some(failure) = &vm.failure {
         pairs.push(("Failed", format!("{}: {}", phase_name(failure.during()), failure.message.replace('\n', ": "))));
         pairs.extend(known(&failure.cleanup).map(|cleanup| ("Clean-up", cleanup)));
@@ -206,6 +285,26 @@ pub fn detail(vm: &Vm, now: SystemTime) -> String {
         text.push_str(&boot(&vm.timings));
     }
     text
+}
+
+/// When it ends, whether it is started again, and how it ended last.
+fn life(vm: &Vm, now: SystemTime) -> Vec<(&'static str, String)> {
+    let mut pairs = Vec::new();
+    if vm.ttl_ms > 0 {
+        let whole = time::age(Duration::from_millis(vm.ttl_ms));
+        let left = vm.expires_at.as_ref().map(|at| format!(", over {}", time::until(at, now)));
+        pairs.push(("Lives", format!("{whole}{}", left.unwrap_or_default())));
+    }
+    if vm.restart() != RestartPolicy::RestartUnspecified && vm.restart() != RestartPolicy::RestartNever {
+        let due = vm.restart_at.as_ref().map(|at| format!(", next {}", time::until(at, now)));
+        let tried = (vm.restart_attempts > 0).then(|| format!(", {} attempts", vm.restart_attempts));
+        pairs.push(("Restart", format!("{}{}{}", policy(vm), tried.unwrap_or_default(), due.unwrap_or_default())));
+    }
+    pairs.extend(vm.last_exit.as_ref().map(|exit| {
+        let ago = time::age_of(exit.at.as_ref(), now);
+        ("Last exit", format!("{}, {ago} ago: {} (incarnation {})", reason(exit), exit.message, exit.incarnation))
+    }));
+    pairs
 }
 
 /// The last boot as a tree: `booting.kernel` is indented under `booting`.

@@ -23,6 +23,7 @@ fn every_verb_explains_itself() {
         "stop",
         "start",
         "rm",
+        "ttl",
         "logs",
         "events",
         "image",

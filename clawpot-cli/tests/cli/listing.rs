@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use clawpot_common::v1::{Failure, Phase};
+use clawpot_common::v1::{Exit, Failure, Phase, RestartPolicy};
 use rustix::process::Signal;
 
 use crate::fake::vms::{broken, vm};
@@ -27,6 +27,18 @@ fn three() -> Fake {
     let fake = Fake::with_vm();
     fake.state.put(vm("db", "debian"));
     let mut failed = vm("broken", "debian");
+    let soon = |seconds| Some((std::time::SystemTime::now() + std::time::Duration::from_secs(seconds)).into());
+    (failed.ttl_ms, failed.expires_at) = (7_200_000, soon(3_630));
+    (failed.restart_attempts, failed.restart_at) = (3, soon(130));
+    failed.restart = RestartPolicy::RestartOnFailure.into();
+    failed.desired_by = "uid=1000".into();
+    failed.last_exit = Some(Exit {
+        reason: clawpot_common::v1::exit::Reason::BootTimeout.into(),
+        by: "server".into(),
+        message: "its guest did not answer within 60 s".into(),
+        incarnation: 1,
+        at: failed.phase_changed_at,
+    });
     (failed.phase, failed.failure) = (Phase::Failed.into(), Some(broken()));
     failed.labels.clear();
     failed.address.clear();
@@ -185,6 +197,22 @@ fn stop_start_and_rm_wait_until_it_is_done() {
     assert_eq!((ran.code, ran.out.as_str()), (Some(1), "broken\n"));
     assert!(ran.err.starts_with("error: VM \"web\": not found"), "{}", ran.err);
     assert!(fake.state.deletes.lock().unwrap().last().unwrap().force);
+}
+
+#[test]
+fn a_time_to_live_is_set_and_taken_away() {
+    let fake = three();
+    assert_eq!(shown(&fake, &["ttl", "web", "90m"]), "web\n");
+    assert_eq!(fake.state.find("web").unwrap().ttl_ms, 5_400_000);
+    assert_eq!(shown(&fake, &["ttl", "web", "never"]), "web\n");
+    assert_eq!(fake.state.find("web").unwrap().ttl_ms, 0);
+    for bad in ["0", "-1", "soon", "5y"] {
+        let ran = fake.run(&["ttl", "web", "--", bad]);
+        assert!(ran.code == Some(2) && ran.err.contains("or `never`"), "{bad}: {}", ran.err);
+    }
+    shown(&fake, &["create", "debian", "--name", "short", "--ttl", "1h", "--restart", "on-failure"]);
+    let asked = fake.state.creates.lock().unwrap().pop().unwrap();
+    assert_eq!((asked.ttl_ms, asked.restart()), (3_600_000, RestartPolicy::RestartOnFailure));
 }
 
 #[test]

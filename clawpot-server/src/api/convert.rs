@@ -5,7 +5,7 @@ use std::time::Duration;
 use clawpot_common::v1;
 use clawpot_control::Row;
 use clawpot_core::event::Event;
-use clawpot_core::{Desired, Failure, Phase, Timing, VmRecord};
+use clawpot_core::{Desired, Exit, Failure, Phase, Reason, RestartPolicy, Timing, VmRecord};
 use clawpot_types::{Error, Kind, Retry, Revision, Timestamp, VmId};
 
 pub fn vm(id: &VmId, row: &Row) -> v1::Vm {
@@ -46,6 +46,43 @@ pub fn known(revision: Revision, record: &VmRecord) -> v1::Vm {
         address: record.address.map(|address| address.to_string()).unwrap_or_default(),
         failure: record.failure.as_ref().map(failure),
         remove_when_done: record.remove_when_done,
+        ttl_ms: record.ttl.map_or(0, |ttl| ttl.0),
+        expires_at: record.expires_at.filter(|_| record.desired == Desired::Running).map(timestamp),
+        restart: restart(record.restart.policy).into(),
+        restart_attempts: record.restart.attempts,
+        restart_at: record.restart.at.map(timestamp),
+        last_exit: record.exit.as_ref().map(exit),
+        desired_by: record.intent_by.clone(),
+    }
+}
+
+const fn restart(policy: RestartPolicy) -> v1::RestartPolicy {
+    match policy {
+        RestartPolicy::Never => v1::RestartPolicy::RestartNever,
+        RestartPolicy::OnFailure => v1::RestartPolicy::RestartOnFailure,
+        RestartPolicy::Always => v1::RestartPolicy::RestartAlways,
+    }
+}
+
+fn exit(exit: &Exit) -> v1::Exit {
+    use v1::exit::Reason as Wire;
+    let reason = match exit.reason {
+        Reason::PoweredOff => Wire::PoweredOff,
+        Reason::GuestPanicked => Wire::GuestPanicked,
+        Reason::VmmDied => Wire::VmmDied,
+        Reason::HostRebooted => Wire::HostRebooted,
+        Reason::BootTimeout => Wire::BootTimeout,
+        Reason::Failed => Wire::Failed,
+        Reason::Stopped => Wire::Stopped,
+        Reason::TtlOver => Wire::TtlOver,
+        Reason::Deleted => Wire::Deleted,
+    };
+    v1::Exit {
+        reason: reason.into(),
+        by: exit.by.clone(),
+        message: exit.message.clone(),
+        incarnation: exit.incarnation.0,
+        at: Some(timestamp(exit.at)),
     }
 }
 
@@ -133,6 +170,11 @@ const fn desired(desired: Desired) -> v1::Desired {
         Desired::Stopped => v1::Desired::Stopped,
         Desired::Deleted => v1::Desired::Deleted,
     }
+}
+
+/// 0 on the wire: for ever.
+pub fn ttl(ms: u64) -> Option<clawpot_types::Millis> {
+    (ms > 0).then_some(clawpot_types::Millis(ms))
 }
 
 /// A grace in milliseconds is taken as it is; the service bounds it.

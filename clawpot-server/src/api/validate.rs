@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, HashMap};
 use clawpot_common::v1;
 use clawpot_control::Settings;
 use clawpot_control::service::create::CreateVm;
-use clawpot_core::VmSpec;
+use clawpot_core::{RestartPolicy, VmSpec};
 use clawpot_types::{Error, ImageRef, Kind, Label, MiB, Result, Vcpus};
+
+use super::convert;
 
 /// Environment of a VM: entries, and bytes of all names and values. It is part of the record.
 const MAX_ENV: usize = 256;
@@ -28,7 +30,18 @@ pub fn create(request: v1::CreateVmRequest, settings: &Settings) -> Result<Creat
         labels: labels(request.labels)?,
         spec: vm_spec(spec, settings)?,
         remove_when_done: request.remove_when_done,
+        ttl: convert::ttl(request.ttl_ms),
+        restart: restart(request.restart)?,
     })
+}
+
+fn restart(wire: i32) -> Result<RestartPolicy> {
+    match v1::RestartPolicy::try_from(wire) {
+        Ok(v1::RestartPolicy::RestartUnspecified | v1::RestartPolicy::RestartNever) => Ok(RestartPolicy::Never),
+        Ok(v1::RestartPolicy::RestartOnFailure) => Ok(RestartPolicy::OnFailure),
+        Ok(v1::RestartPolicy::RestartAlways) => Ok(RestartPolicy::Always),
+        Err(_) => Err(bad("restart", format!("{wire}: this server knows never, on-failure and always"))),
+    }
 }
 
 fn vm_spec(spec: v1::VmSpec, settings: &Settings) -> Result<VmSpec> {

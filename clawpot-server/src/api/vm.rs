@@ -80,6 +80,14 @@ impl VmService for VmApi {
         Ok(Response::new(convert::known(revision, &record)))
     }
 
+    async fn set_ttl(&self, request: Request<v1::SetTtlRequest>) -> Answer<v1::Vm> {
+        let actor = actor(&request);
+        let request = request.into_inner();
+        let ttl = convert::ttl(request.ttl_ms);
+        let (revision, record) = self.service.keep(&request.vm, ttl, &actor).await.map_err(status)?;
+        Ok(Response::new(convert::known(revision, &record)))
+    }
+
     async fn delete_vm(&self, request: Request<v1::DeleteVmRequest>) -> Answer<v1::DeleteVmResponse> {
         let actor = actor(&request);
         let request = request.into_inner();

@@ -101,11 +101,12 @@ async fn forget_old_requests(service: &Service) -> Result<()> {
     let store = service.records.store();
     for entry in store.list("requests/").await?.entries {
         // What cannot be read cannot make a create idempotent either.
-        let old = serde_json::from_slice::<Request>(&entry.value)
+        let old = Request::decode(&entry.value)
             .map_or(true, |request| now.since(request.at) > service.deps.settings.request_memory);
         if old {
             let guards = vec![Guard { key: entry.key.clone(), expect: Expect::Revision(entry.revision) }];
-            store.txn(Txn { guards, ops: vec![Op::Delete { key: entry.key }], durability: Durability::Normal }).await?;
+            let ops = vec![Op::Delete { key: entry.key }];
+            store.txn(Txn { guards, ops, events: Vec::new(), durability: Durability::Normal }).await?;
         }
     }
     Ok(())

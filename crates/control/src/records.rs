@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use clawpot_core::event::Draft;
 use clawpot_core::ports::{Durability, Entry, Expect, Guard, Op, StateStore, Txn, TxnOutcome};
 use clawpot_core::{Phase, VmRecord};
 use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId, VmName};
@@ -154,6 +155,12 @@ impl Records {
         self.lock().slots.keys().copied().collect()
     }
 
+    /// The name that the store says is `id`'s.
+    #[must_use]
+    pub fn name_of(&self, id: &VmId) -> Option<VmName> {
+        self.lock().names.iter().find(|(_, owner)| *owner == id).map(|(name, _)| name.clone())
+    }
+
     /// Slots that the store says are `id`'s.
     #[must_use]
     pub fn slots_of(&self, id: &VmId) -> Vec<Slot> {
@@ -188,12 +195,19 @@ impl Records {
         self.changes.subscribe()
     }
 
-    /// Writes `record` if it still is at `revision`. `None`: somebody changed it meanwhile.
-    pub async fn swap(&self, revision: Revision, record: VmRecord, durability: Durability) -> Result<Option<Revision>> {
+    /// Writes `record`, and `events` with it, if it still is at `revision`. `None`: somebody changed it meanwhile.
+    pub async fn swap(
+        &self,
+        revision: Revision,
+        record: VmRecord,
+        events: Vec<Draft>,
+        durability: Durability,
+    ) -> Result<Option<Revision>> {
         let key = vm_key(&record.id);
         let txn = Txn {
             guards: vec![Guard { key: key.clone(), expect: Expect::Revision(revision) }],
             ops: vec![Op::Put { key, value: record.encode()? }],
+            events,
             durability,
         };
         match self.store.txn(txn).await? {
@@ -206,7 +220,7 @@ impl Records {
     }
 
     /// A new VM with the guards of its slot, its name and whatever else `extra` writes, all or nothing.
-    pub async fn insert(&self, record: VmRecord, extra: Option<(String, Vec<u8>)>) -> Result<TxnOutcome> {
+    pub async fn insert(&self, record: VmRecord, extra: Option<(String, Vec<u8>)>, event: Draft) -> Result<TxnOutcome> {
         let claim = encode_claim(&record.id)?;
         let mut puts = vec![
             (name_key(&record.name), claim.clone()),
@@ -218,6 +232,7 @@ impl Records {
         let txn = Txn {
             guards: puts.iter().map(|(key, _)| Guard { key: key.clone(), expect: Expect::Absent }).collect(),
             ops: puts.into_iter().map(|(key, value)| Op::Put { key, value }).collect(),
+            events: vec![event],
             durability: Durability::Full,
         };
         let outcome = self.store.txn(txn).await?;
@@ -228,7 +243,7 @@ impl Records {
     }
 
     /// Erases the record with what guards its slot and name. `None`: somebody changed it meanwhile.
-    pub async fn forget(&self, id: &VmId, revision: Revision) -> Result<Option<Revision>> {
+    pub async fn forget(&self, id: &VmId, revision: Revision, events: Vec<Draft>) -> Result<Option<Revision>> {
         let (names, slots) = {
             let projection = self.lock();
             let names: Vec<_> =
@@ -241,6 +256,7 @@ impl Records {
         let txn = Txn {
             guards: vec![Guard { key: key.clone(), expect: Expect::Revision(revision) }],
             ops: std::iter::once(key.clone()).chain(others).map(|key| Op::Delete { key }).collect(),
+            events,
             durability: Durability::Full,
         };
         let TxnOutcome::Committed(revision) = self.store.txn(txn).await? else { return Ok(None) };

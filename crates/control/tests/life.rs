@@ -7,7 +7,7 @@ mod support;
 use std::time::Duration;
 
 use clawpot_core::exec::ExecEnd;
-use clawpot_core::{Desired, Phase};
+use clawpot_core::{Desired, Phase, VmmEnd};
 use clawpot_testkit::{Boot, Injection, Method, Shutdown};
 use clawpot_types::{Generation, Incarnation, Kind, Millis, Revision};
 use futures_util::StreamExt as _;
@@ -151,7 +151,7 @@ async fn a_guest_that_never_says_hello_fails_with_its_console() {
 #[tokio::test(start_paused = true)]
 async fn a_vmm_that_ends_while_booting_is_told() {
     let house = House::new().await;
-    house.host.set_boot(Boot::Exits(Duration::from_millis(30), "exit status 1".to_owned()));
+    house.host.set_boot(Boot::Exits(Duration::from_millis(30), VmmEnd::Code(1)));
     let id = house.create("web").await;
     house.until(&id, Some(Phase::Failed)).await;
     let failure = house.record(&id).failure.clone().unwrap();

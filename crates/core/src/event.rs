@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// The revision of the change it tells of; ascending, and the same when the change is replayed.
+    /// The revision of the transaction that it is part of; ascending.
     pub id: Revision,
     pub time: Timestamp,
     pub vm: VmId,
@@ -16,4 +16,33 @@ pub struct Event {
     pub message: String,
     /// "uid=1000", or "server".
     pub actor: String,
+}
+
+/// An event before it is committed: the store gives it its id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Draft {
+    pub time: Timestamp,
+    pub vm: VmId,
+    pub name: VmName,
+    pub incarnation: Incarnation,
+    /// At most one of a kind for each VM in one transaction.
+    pub kind: &'static str,
+    pub message: String,
+    pub actor: String,
+}
+
+impl Draft {
+    #[must_use]
+    pub fn committed(&self, id: Revision) -> Event {
+        Event {
+            id,
+            time: self.time,
+            vm: self.vm.clone(),
+            name: self.name.clone(),
+            incarnation: self.incarnation,
+            kind: self.kind.to_owned(),
+            message: self.message.clone(),
+            actor: self.actor.clone(),
+        }
+    }
 }

@@ -1,6 +1,9 @@
 //! What a look at the host tells. `Unknown` is never taken for `Absent`.
 
+use std::fmt;
+
 use clawpot_types::{Error, Timestamp};
+use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fact<T> {
@@ -44,6 +47,8 @@ pub struct Facts {
     /// Console logs and whatever else is kept of the VM beyond an incarnation.
     pub traces: Fact<()>,
     pub clients: Clients,
+    /// Asked only of a VMM that has ended.
+    pub last_words: LastWords,
     /// The host's boot id now.
     pub boot_id: String,
 }
@@ -54,8 +59,61 @@ pub enum VmmFact {
     Prepared,
     /// Its process lives; `attached`: this daemon drains its console and can reach its guest.
     Running { attached: bool },
-    /// It ran and is gone; how, when known ("exit status 1", "killed by signal 9").
-    Exited { how: String },
+    /// It ran and is gone.
+    Exited { how: VmmEnd },
+}
+
+/// How a VMM's process ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmmEnd {
+    Code(i32),
+    Signal(i32),
+    /// Nobody saw it; what is known, in words.
+    Unseen(String),
+}
+
+impl fmt::Display for VmmEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit status {code}"),
+            Self::Signal(signal) => write!(f, "killed by signal {signal}"),
+            Self::Unseen(told) => f.write_str(told),
+        }
+    }
+}
+
+/// What the guest's kernel said last on its console. A guest can forge it, and deceives only its own restart policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LastWords {
+    /// Nothing of its end.
+    Nothing,
+    /// It went down in order.
+    Down,
+    /// It gave up; in its own words, printable and cut short.
+    Panic(String),
+}
+
+impl LastWords {
+    /// How the line begins that drivers write between two boots' output.
+    pub const BOOT: &str = "--- boot ";
+    /// Longest part of a panic's line that is kept, characters.
+    const MAX: usize = 200;
+
+    /// The last that `console`'s lines tell of the end. Linux prints both with `pr_emerg`, whatever the log level:
+    /// `kernel/panic.c` and `kernel/reboot.c`.
+    #[must_use]
+    pub fn of(console: &[String]) -> Self {
+        let this_boot = console.iter().rev().take_while(|line| !line.starts_with(Self::BOOT));
+        let told = this_boot.into_iter().find_map(|line| {
+            if let Some(at) = line.find("Kernel panic - not syncing") {
+                return Some(Self::Panic(line[at..].chars().take(Self::MAX).collect()));
+            }
+            let down = ["reboot: Restarting system", "reboot: Power down", "reboot: System halted"];
+            down.iter().any(|words| line.contains(words)).then_some(Self::Down)
+        });
+        told.unwrap_or(Self::Nothing)
+    }
 }
 
 /// What this daemon knows of the current incarnation's guest.

@@ -3,12 +3,14 @@
 //! - [`phase`] the states a VM can be in, drawn; [`request`] which request is accepted in which of them
 //! - [`record`] what is written down of a VM before anything of it exists
 //! - [`facts`] what a look at the host tells; [`mod@plan`] record × facts → the one next step
+//! - [`exit`] how a run ended, and what follows from it
 //! - [`exec`] frames between a caller and a process in a guest
 //! - [`event`] what happened, for people
 //! - [`ports`] the traits that drivers implement
 
 pub mod event;
 pub mod exec;
+pub mod exit;
 pub mod facts;
 pub mod phase;
 pub mod plan;
@@ -17,7 +19,8 @@ pub mod record;
 pub mod request;
 pub mod slot;
 
-pub use facts::{Fact, Facts, GuestFact, VmmFact};
+pub use exit::{Exit, Reason, Restart, RestartPolicy};
+pub use facts::{Fact, Facts, GuestFact, LastWords, VmmEnd, VmmFact};
 pub use phase::Phase;
 pub use plan::{Next, Step, plan};
 pub use record::{Desired, Failure, ImagePin, MachineId, Timing, VmRecord, VmSpec, VmmKind};

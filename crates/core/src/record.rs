@@ -9,10 +9,10 @@ use clawpot_types::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::Phase;
+use crate::{Exit, Phase, Restart};
 
 /// Version of the record's JSON that this build writes. Newer is refused, older migrated.
-pub const RECORD_VERSION: u32 = 1;
+pub const RECORD_VERSION: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmRecord {
@@ -23,6 +23,8 @@ pub struct VmRecord {
     pub spec: VmSpec,
     pub image: ImagePin,
     pub desired: Desired,
+    /// Who changed what is wanted last: "uid=1000", "server", "guest".
+    pub intent_by: String,
     /// Changes of intent.
     pub generation: Generation,
     /// Boots, restores and rollbacks; 0 before the first.
@@ -44,6 +46,13 @@ pub struct VmRecord {
     pub timings: Vec<Timing>,
     /// The last failure, kept until the next start.
     pub failure: Option<Failure>,
+    /// How the last incarnation that ended did so.
+    pub exit: Option<Exit>,
+    pub restart: Restart,
+    /// How long it may go on after a create, a start or a keep-alive. `None`: for ever.
+    pub ttl: Option<Millis>,
+    /// When that is over. `None`: never, or it was over already.
+    pub expires_at: Option<Timestamp>,
     /// Delete the VM when its first exec has ended or no client has been attached for a while.
     pub remove_when_done: bool,
     /// How long the guest gets for an orderly shutdown.
@@ -171,7 +180,8 @@ impl VmRecord {
             .map_err(|error| Error::new(Kind::Internal, format!("VM {}: writing its record", self.id)).because(error))
     }
 
-    /// Reads what [`Self::encode`] wrote. A newer version and anything unreadable are errors that say so.
+    /// Reads what [`Self::encode`] wrote, of this version or an older one. A newer version and anything unreadable are errors
+    /// that say so.
     pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
         let corrupt = |error| Error::new(Kind::Corrupt, "VM record: not readable").because(error);
         #[derive(Deserialize)]
@@ -183,6 +193,29 @@ impl VmRecord {
             let what = format!("VM record: version {} is newer than this server's {RECORD_VERSION}", head.version);
             return Err(Error::new(Kind::Unsupported, what).hint("run the newer clawpot-server that wrote it"));
         }
-        serde_json::from_slice(bytes).map_err(corrupt)
+        if head.version == RECORD_VERSION {
+            return serde_json::from_slice(bytes).map_err(corrupt);
+        }
+        let mut fields: Fields = serde_json::from_slice(bytes).map_err(corrupt)?;
+        let older = usize::try_from(head.version).ok().and_then(|version| MIGRATIONS.get(version.checked_sub(1)?..));
+        let older = older.ok_or_else(|| Error::new(Kind::Corrupt, "VM record: version 0 was never written"))?;
+        older.iter().for_each(|migrate| migrate(&mut fields));
+        fields.insert("version".to_owned(), RECORD_VERSION.into());
+        serde_json::from_value(fields.into()).map_err(corrupt)
     }
+}
+
+type Fields = serde_json::Map<String, serde_json::Value>;
+
+/// Entry n takes a record of version n + 1 to n + 2. Never edit one that was released.
+const MIGRATIONS: [fn(&mut Fields); 1] = [to_2];
+
+/// Version 2 knows who asked, how it ended, whether it is started again, and how long it lives.
+fn to_2(fields: &mut Fields) {
+    use serde_json::Value;
+    fields.insert("intent_by".to_owned(), "unknown".into());
+    fields.insert("exit".to_owned(), Value::Null);
+    fields.insert("restart".to_owned(), serde_json::json!({ "policy": "never", "attempts": 0, "at": null }));
+    fields.insert("ttl".to_owned(), Value::Null);
+    fields.insert("expires_at".to_owned(), Value::Null);
 }

@@ -8,10 +8,12 @@ pub enum Request {
     Stop,
     Delete,
     Exec,
+    /// Sets the time to live.
+    Keep,
 }
 
 impl Request {
-    pub const ALL: [Self; 4] = [Self::Start, Self::Stop, Self::Delete, Self::Exec];
+    pub const ALL: [Self; 5] = [Self::Start, Self::Stop, Self::Delete, Self::Exec, Self::Keep];
 
     #[must_use]
     pub const fn verb(self) -> &'static str {
@@ -20,6 +22,7 @@ impl Request {
             Self::Stop => "stop",
             Self::Delete => "delete",
             Self::Exec => "run a command in",
+            Self::Keep => "set the time to live of",
         }
     }
 }
@@ -44,7 +47,9 @@ pub const fn answer(request: Request, phase: Phase, desired: Desired) -> Answer 
         (Request::Delete, _, Desired::Deleted) => Answer::Ignore,
         (Request::Delete, _, _) => Answer::Accept,
         (_, P::Deleting, _) | (_, _, Desired::Deleted) => Answer::Deny("it is being deleted"),
-        (Request::Start, P::Failed, _) => Answer::Accept,
+        (Request::Keep, _, _) => Answer::Accept,
+        // Also one that its policy would start later: it is started now.
+        (Request::Start, P::Failed | P::Stopped, _) => Answer::Accept,
         (Request::Start, _, Desired::Running) => Answer::Ignore,
         (Request::Start, _, Desired::Stopped) => Answer::Accept,
         (Request::Stop, P::Stopped, Desired::Stopped) => Answer::Ignore,

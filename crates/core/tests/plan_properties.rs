@@ -9,8 +9,11 @@ mod world;
 
 use clawpot_core::facts::Clients;
 use clawpot_core::request::Request;
-use clawpot_core::{Desired, Fact, Facts, GuestFact, Next, Phase, Step, VmRecord, VmmFact, plan};
-use clawpot_types::{Generation, Incarnation, Kind, Retry, Timestamp};
+use clawpot_core::{
+    Desired, Fact, Facts, GuestFact, LastWords, Next, Phase, Reason, Restart, RestartPolicy, Step, VmRecord, VmmEnd,
+    VmmFact, plan,
+};
+use clawpot_types::{Generation, Incarnation, Kind, Millis, Retry, Timestamp};
 use proptest::prelude::*;
 use world::{Event, Look, Process, Rest, World};
 
@@ -61,6 +64,8 @@ fn event() -> impl Strategy<Value = Event> {
     let look = prop_oneof![Just(Look::Image), Just(Look::Disk), Just(Look::Net), Just(Look::Vmm), Just(Look::Traces)];
     prop_oneof![
         2 => Just(Event::VmmDies),
+        1 => Just(Event::GuestPowersOff),
+        1 => Just(Event::GuestPanics),
         2 => Just(Event::HostReboots),
         3 => Just(Event::DaemonRestarts),
         2 => Just(Event::Asked(Request::Start)),
@@ -96,9 +101,13 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 1024, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_plan_ends_whatever_comes(story in story(), remove_when_done: bool) {
+    fn every_plan_ends_whatever_comes(story in story(), remove_when_done: bool, policy in policy(), ttl in ttl()) {
         let mut world = accepted();
-        world.record.as_mut().unwrap().remove_when_done = remove_when_done;
+        let start = world.now;
+        let record = world.record.as_mut().unwrap();
+        record.remove_when_done = remove_when_done;
+        record.restart = Restart::new(if remove_when_done { RestartPolicy::Never } else { policy });
+        record.keep(ttl, start);
         tell(&mut world, &story);
         if world.record.is_some() {
             let rest = world.settle();
@@ -156,11 +165,23 @@ proptest! {
         let now = if late { Timestamp(support::START.0 + 1_000_000_000) } else { support::START };
         match plan(&record, &facts, now, &Default::default()) {
             Next::Become { phase, .. } => prop_assert!(record.phase.may_become(phase), "{} ─► {phase}", record.phase),
-            Next::Fail { .. } => prop_assert!(record.phase.may_become(Phase::Failed), "{} ─► failed", record.phase),
+            Next::End { why } => {
+                let to = record.ended(&clawpot_core::exit::Cause::of(&why), now, &Default::default()).phase;
+                prop_assert!(record.phase.may_become(to), "{} ─► {to}", record.phase);
+            }
             Next::Wait { until: Some(until) } => prop_assert!(until > now, "waits for {:?} at {:?}", until, now),
             _ => {}
         }
     }
+}
+
+fn policy() -> impl Strategy<Value = RestartPolicy> {
+    prop::sample::select(RestartPolicy::ALL.to_vec())
+}
+
+/// None, one that is over soon, one that is over long after everything else.
+fn ttl() -> impl Strategy<Value = Option<Millis>> {
+    prop::sample::select(vec![None, None, Some(Millis(20)), Some(Millis(2 * 3_600_000))])
 }
 
 /// A record in any phase but Quarantined.
@@ -172,8 +193,11 @@ fn record() -> impl Strategy<Value = VmRecord> {
         0u64..3,
         any::<[bool; 4]>(),
         prop::option::of(0u64..3),
+        (policy(), prop::option::of(0u64..1000), prop::option::of(0u64..1000)),
     );
-    parts.prop_map(|(phase, desired, incarnation, [old_boot, deadline, remove_when_done, disk_made], failed)| {
+    parts.prop_map(|(phase, desired, incarnation, flags, failed, (policy, restart_at, expires_at))| {
+        let [old_boot, deadline, remove_when_done, disk_made] = flags;
+        let second = |second: u64| Timestamp(support::START.0 + second * 1_000_000);
         let mut record = support::record();
         record.phase = phase;
         // Nothing else is possible once it is being deleted.
@@ -186,6 +210,8 @@ fn record() -> impl Strategy<Value = VmRecord> {
         record.deadline = deadline.then_some(Timestamp(support::START.0 + 500_000_000));
         record.remove_when_done = remove_when_done;
         record.disk_made = disk_made;
+        record.restart = Restart { policy, attempts: 3, at: restart_at.map(second) };
+        record.expires_at = expires_at.map(second);
         record.failure = failed.filter(|_| phase == Phase::Failed).map(|generation| clawpot_core::Failure {
             during: Phase::Booting,
             generation: Generation(generation),
@@ -200,7 +226,7 @@ fn record() -> impl Strategy<Value = VmRecord> {
 }
 
 fn vmm_facts() -> Vec<VmmFact> {
-    let exited = VmmFact::Exited { how: "exit status 1".to_owned() };
+    let exited = VmmFact::Exited { how: VmmEnd::Code(1) };
     vec![VmmFact::Prepared, VmmFact::Running { attached: false }, VmmFact::Running { attached: true }, exited]
 }
 
@@ -210,8 +236,9 @@ fn facts() -> impl Strategy<Value = Facts> {
     let guest =
         prop::sample::select(vec![GuestFact::NotAsked, GuestFact::Silent, GuestFact::Ready, GuestFact::ShuttingDown]);
     let clients = prop::sample::select(vec![Clients::Attached, Clients::NoneSince(support::START), Clients::Done]);
-    (there(), there(), there(), vmm, guest, there(), clients).prop_map(
-        |(image, disk, net, vmm, guest, traces, clients)| Facts {
+    let words = vec![LastWords::Nothing, LastWords::Down, LastWords::Panic("not syncing".to_owned())];
+    (there(), there(), there(), vmm, guest, there(), clients, prop::sample::select(words)).prop_map(
+        |(image, disk, net, vmm, guest, traces, clients, last_words)| Facts {
             image,
             disk,
             net,
@@ -219,6 +246,7 @@ fn facts() -> impl Strategy<Value = Facts> {
             guest,
             traces,
             clients,
+            last_words,
             boot_id: "boot-1".to_owned(),
         },
     )
@@ -363,7 +391,9 @@ fn what_died_can_be_started_again() {
         for (name, start, ..) in scenarios().into_iter().take(1).chain([("running", running(), None, None)]) {
             for (turn, (mut world, rest)) in at_every_turn(&start, event).into_iter().enumerate() {
                 let disk = world.owned;
-                if rest.phase == Some(Phase::Failed) {
+                let expected = if event == Event::HostReboots { Phase::Stopped } else { Phase::Failed };
+                if rest.phase != Some(Phase::Running) {
+                    assert_eq!(rest.phase, Some(expected), "{name}, {event:?} at turn {turn}");
                     world.happen(Event::Asked(Request::Start));
                     assert_eq!(world.settle().phase, Some(Phase::Running), "{name}, {event:?} at turn {turn}");
                 }
@@ -441,4 +471,134 @@ fn a_quarantined_vm_is_left_alone() {
         record.desired = desired;
         assert_eq!(world.plan(), Next::Wait { until: None });
     }
+}
+
+fn with_policy(policy: RestartPolicy) -> World {
+    let mut world = accepted();
+    world.record.as_mut().unwrap().restart = Restart::new(policy);
+    world
+}
+
+/// What ends a machine at any moment, by policy: where it rests, and why it says so.
+#[test]
+fn what_ended_by_itself_rests_or_is_started_again() {
+    use RestartPolicy::{Always, Never, OnFailure};
+    for (event, reason, policies) in [
+        (Event::GuestPowersOff, Reason::PoweredOff, vec![Always]),
+        (Event::GuestPanics, Reason::GuestPanicked, vec![OnFailure, Always]),
+        (Event::VmmDies, Reason::VmmDied, vec![OnFailure, Always]),
+        (Event::HostReboots, Reason::HostRebooted, vec![OnFailure, Always]),
+    ] {
+        for policy in [Never, OnFailure, Always] {
+            let mut world = with_policy(policy);
+            assert_eq!(world.settle().phase, Some(Phase::Running));
+            world.happen(event);
+            let rest = world.settle();
+            check(&world, &rest);
+            let again = policies.contains(&policy);
+            let expected = match reason {
+                _ if again => Phase::Running,
+                Reason::PoweredOff | Reason::HostRebooted => Phase::Stopped,
+                _ => Phase::Failed,
+            };
+            assert_eq!(rest.phase, Some(expected), "{policy:?}, {event:?}");
+            let exit = world.record().exit.clone().unwrap();
+            assert_eq!((exit.reason, exit.incarnation), (reason, Incarnation(1)), "{policy:?}, {event:?}");
+            // And the owner's word always wins.
+            world.happen(Event::Asked(Request::Start));
+            assert_eq!(world.settle().phase, Some(Phase::Running), "{policy:?}, {event:?}");
+        }
+    }
+}
+
+#[test]
+fn a_vm_that_dies_at_any_moment_is_started_again_by_policy() {
+    for (turn, (world, rest)) in
+        at_every_turn(&with_policy(RestartPolicy::OnFailure), Event::VmmDies).iter().enumerate()
+    {
+        assert_eq!(rest.phase, Some(Phase::Running), "at turn {turn}: {world:?}");
+    }
+    for change in [Request::Stop, Request::Delete] {
+        let mut dying = with_policy(RestartPolicy::Always);
+        dying.settle();
+        dying.happen(Event::VmmDies);
+        // Also while the next start is waited for.
+        for (turn, (_, rest)) in at_every_turn(&dying, Event::Asked(change)).iter().enumerate() {
+            let expected = (change == Request::Stop).then_some(Phase::Stopped);
+            assert_eq!(rest.phase, expected, "{change:?} at turn {turn}");
+        }
+    }
+}
+
+#[test]
+fn pauses_grow_and_begin_anew_after_a_healthy_stretch() {
+    let mut world = with_policy(RestartPolicy::OnFailure);
+    let mut pauses = Vec::new();
+    let mut die = |world: &mut World| {
+        world.happen(Event::VmmDies);
+        while world.record().restart.at.is_none() {
+            world.turn();
+        }
+        let record = world.record();
+        pauses.push(record.restart.at.unwrap().since(record.phase_since).as_secs());
+    };
+    for _ in 0..11 {
+        world.settle();
+        die(&mut world);
+    }
+    world.settle();
+    world.now = world.now.after(world.limits.healthy);
+    die(&mut world);
+    assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 1]);
+}
+
+/// Whatever it does when its time is over, it stops, or goes where it was to be removed; and a start gives it all of it again.
+#[test]
+fn a_time_to_live_ends_a_vm_at_any_moment() {
+    for remove_when_done in [false, true] {
+        for turns in 0..30 {
+            let mut world = accepted();
+            let record = world.record.as_mut().unwrap();
+            record.remove_when_done = remove_when_done;
+            record.keep(Some(Millis(3_600_000)), record.phase_since);
+            for _ in 0..turns {
+                world.turn();
+            }
+            world.now = world.now.after(std::time::Duration::from_secs(3600));
+            let rest = world.settle();
+            check(&world, &rest);
+            assert_eq!(rest.phase, (!remove_when_done).then_some(Phase::Stopped), "after {turns} turns");
+            if remove_when_done {
+                continue;
+            }
+            if world.record().incarnation.0 > 0 {
+                assert_eq!(world.record().exit.as_ref().unwrap().reason, Reason::TtlOver);
+            }
+            world.happen(Event::Asked(Request::Start));
+            let until = world.record().expires_at.unwrap();
+            assert_eq!(until.since(world.now).as_secs(), 3600);
+        }
+    }
+}
+
+#[test]
+fn a_keep_alive_puts_the_end_off() {
+    let mut world = accepted();
+    let start = world.now;
+    world.record.as_mut().unwrap().keep(Some(Millis(60_000)), start);
+    while world.record().phase != Phase::Running {
+        world.turn();
+    }
+    for _ in 0..10 {
+        world.now = world.now.after(std::time::Duration::from_secs(50));
+        world.happen(Event::Asked(Request::Keep));
+        world.turn();
+        assert_eq!(world.record().phase, Phase::Running);
+    }
+    let end = world.record().expires_at.unwrap();
+    assert_eq!(world.settle().phase, Some(Phase::Stopped));
+    assert!(world.record().exit.as_ref().unwrap().at >= end);
+    world.happen(Event::Asked(Request::Start));
+    world.record.as_mut().unwrap().keep(None, start);
+    assert_eq!(world.settle().phase, Some(Phase::Running), "for ever");
 }

@@ -5,7 +5,7 @@
 mod support;
 
 use clawpot_core::record::{Failure, RECORD_VERSION, VmmChoice};
-use clawpot_core::{MachineId, Phase, Timing, VmRecord, VmmKind};
+use clawpot_core::{Exit, MachineId, Phase, Reason, Restart, RestartPolicy, Timing, VmRecord, VmmKind};
 use clawpot_types::{Generation, Incarnation, Kind, Millis, Timestamp};
 
 /// Every field holds something.
@@ -33,6 +33,18 @@ fn full() -> VmRecord {
     });
     record.remove_when_done = true;
     record.stop_grace = Millis(10_000);
+    record.intent_by = "uid=1000".to_owned();
+    record.exit = Some(Exit {
+        incarnation: Incarnation(2),
+        at: Timestamp(1_800_000_030_000_000),
+        reason: Reason::BootTimeout,
+        by: "server".to_owned(),
+        message: "its guest did not answer within 120 s".to_owned(),
+    });
+    record.restart =
+        Restart { policy: RestartPolicy::OnFailure, attempts: 3, at: Some(Timestamp(1_800_000_038_000_000)) };
+    record.ttl = Some(Millis(3_600_000));
+    record.expires_at = Some(Timestamp(1_800_003_600_000_000));
     record
 }
 
@@ -49,7 +61,31 @@ fn it_is_written_like_this() {
 #[test]
 fn version_1_is_read() {
     let record = VmRecord::decode(include_bytes!("fixtures/record-1.json")).unwrap();
-    assert_eq!(record, full());
+    // What it did not know: who asked, how it ended, that it is started again or ends.
+    let mut expected = full();
+    expected.intent_by = "unknown".to_owned();
+    expected.exit = None;
+    expected.restart = Restart::new(RestartPolicy::Never);
+    expected.ttl = None;
+    expected.expires_at = None;
+    assert_eq!(record, expected);
+    let again = VmRecord::decode(&record.encode().unwrap()).unwrap();
+    assert_eq!(again, record, "written back it is of this version");
+}
+
+/// Version 2, likewise.
+#[test]
+fn version_2_is_read() {
+    assert_eq!(VmRecord::decode(include_bytes!("fixtures/record-2.json")).unwrap(), full());
+}
+
+#[test]
+fn every_older_version_has_its_migration() {
+    for version in 1..RECORD_VERSION {
+        assert!(std::path::Path::new(&format!("tests/fixtures/record-{version}.json")).exists(), "version {version}");
+    }
+    let error = VmRecord::decode(br#"{"version":0}"#).unwrap_err();
+    assert_eq!(error.kind(), Kind::Corrupt);
 }
 
 #[test]
@@ -78,6 +114,7 @@ fn damage_is_said_and_never_guessed_at() {
         good.replace("\"vcpus\":1", "\"vcpus\":0"),
         good.replace("\"name\":\"web\"", "\"name\":\"../web\""),
         good.replace("\"disk_made\":true,", ""),
+        good.replace("\"intent_by\":\"uid=1000\",", ""),
     ];
     for text in bad {
         let error = VmRecord::decode(text.as_bytes()).unwrap_err();

@@ -54,7 +54,7 @@ async fn write(store: &SqliteStore, durability: Durability, caller: usize, count
         let value = format!("\"{}\"", "v".repeat(VALUE)).into_bytes();
         let op = Op::Put { key: format!("vms/{caller}-{}", n % 100), value };
         let start = Instant::now();
-        store.txn(Txn { guards: Vec::new(), ops: vec![op], durability }).await.unwrap();
+        store.txn(Txn { guards: Vec::new(), ops: vec![op], events: Vec::new(), durability }).await.unwrap();
         times.push(start.elapsed());
     }
     times

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clawpot_core::event::Event;
+use clawpot_core::event::Draft;
 use clawpot_core::ports::{Change, Expect, Guard, Op, Txn, TxnOutcome};
 use clawpot_types::{Error, Kind, Result, Revision, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _};
@@ -21,6 +21,11 @@ pub(crate) struct Kept {
 
 /// On a full disk fewer changes are kept: the pages of the others are what deleting is written to.
 const CHANGES_ON_A_FULL_DISK: u64 = 256;
+
+/// Free pages of the file that make room for a transaction's events: their rows and three indices may each need one.
+const FREE_PAGES: i64 = 8;
+/// So many of the oldest events make room for new ones: some dozen pages.
+const OLDEST_ON_A_FULL_DISK: i64 = 256;
 
 /// Whether new keys are taken in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +71,7 @@ impl<'a> Batch<'a> {
                 return Ok(TxnOutcome::Conflict { key: key.clone(), found });
             }
         }
-        if txn.ops.is_empty() {
+        if txn.ops.is_empty() && txn.events.is_empty() {
             return Ok(TxnOutcome::Committed(Revision(self.revision)));
         }
         self.revision += 1;
@@ -75,6 +80,9 @@ impl<'a> Batch<'a> {
                 Op::Put { key, value } => self.put(key, value)?,
                 Op::Delete { key } => self.delete(key)?,
             }
+        }
+        if self.room == Room::Ample || self.room_for_events(&txn.events)? {
+            txn.events.iter().try_for_each(|draft| self.append(draft))?;
         }
         Ok(TxnOutcome::Committed(Revision(self.revision)))
     }
@@ -120,27 +128,36 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    /// Those that are already there are left as they are.
-    pub(crate) fn append(&mut self, events: &[Event]) -> Result<()> {
-        if self.room == Room::DeletesOnly && !events.is_empty() {
-            tracing::warn!(count = events.len(), "events dropped: the disk is full");
-            return Ok(());
-        }
-        for event in events {
-            let what = || format!("event log: writing {} of VM {}", event.kind, event.vm);
-            let body =
-                serde_json::to_string(event).map_err(|error| Error::new(Kind::Internal, what()).because(error))?;
-            let row = (to_sql(event.id.0)?, event.vm.as_str(), &event.kind, to_sql(event.time.0)?, body);
-            let added = self
-                .conn
-                .prepare_cached("INSERT OR IGNORE INTO events (id, vm, kind, time, body) VALUES (?1, ?2, ?3, ?4, ?5)")
-                .and_then(|mut statement| statement.execute(row))
-                .map_err(|error| sql(what(), error))?;
-            if added == 1 {
-                self.events.push((from_sql(self.conn.last_insert_rowid())?, event.clone()));
-            }
-        }
+    fn append(&mut self, draft: &Draft) -> Result<()> {
+        let event = draft.committed(Revision(self.revision));
+        let what = || format!("event log: writing {} of VM {}", event.kind, event.vm);
+        let body = serde_json::to_string(&event).map_err(|error| Error::new(Kind::Internal, what()).because(error))?;
+        let row = (to_sql(event.id.0)?, event.vm.as_str(), &event.kind, to_sql(event.time.0)?, body);
+        self.conn
+            .prepare_cached("INSERT INTO events (id, vm, kind, time, body) VALUES (?1, ?2, ?3, ?4, ?5)")
+            .and_then(|mut statement| statement.execute(row))
+            .map_err(|error| sql(what(), error))?;
+        self.events.push((from_sql(self.conn.last_insert_rowid())?, event));
         Ok(())
+    }
+
+    /// On a full disk events take the pages of the oldest. Where too few can be had they are dropped, so that a delete goes
+    /// through all the same.
+    fn room_for_events(&mut self, events: &[Draft]) -> Result<bool> {
+        let look = |error| sql("event log: looking for room", error);
+        let free = |conn: &Connection| conn.query_row("PRAGMA freelist_count", [], |row| row.get::<_, i64>(0));
+        if events.is_empty() || free(self.conn).map_err(look)? >= FREE_PAGES {
+            return Ok(true);
+        }
+        self.drop_events(
+            "DELETE FROM events WHERE seq IN (SELECT seq FROM events ORDER BY seq LIMIT ?1) RETURNING id",
+            [OLDEST_ON_A_FULL_DISK],
+        )?;
+        let room = free(self.conn).map_err(look)? >= FREE_PAGES;
+        if !room {
+            tracing::warn!(count = events.len(), "events dropped: the disk is full");
+        }
+        Ok(room)
     }
 
     /// Drops what is beyond `kept` and writes the counters down.
@@ -159,7 +176,7 @@ impl<'a> Batch<'a> {
     }
 
     fn trim_events(&mut self, kept: &Kept) -> Result<()> {
-        let Some((last, newest)) = self.events.last() else { return Ok(()) };
+        let Some((last, newest)) = self.events.last().cloned() else { return Ok(()) };
         let write = |error| sql("event log: dropping old events", error);
         let oldest: Option<(i64, i64)> = self
             .conn
@@ -174,15 +191,20 @@ impl<'a> Batch<'a> {
         if from_sql(time)? >= too_old.0 && !over {
             return Ok(());
         }
-        let sql_text = "DELETE FROM events WHERE seq <= ?1 OR (time < ?2 AND seq < ?3) RETURNING id";
+        self.drop_events(
+            "DELETE FROM events WHERE seq <= ?1 OR (time < ?2 AND seq < ?3) RETURNING id",
+            (to_sql(too_many).unwrap_or(0), to_sql(too_old.0).unwrap_or(0), last.cast_signed()),
+        )
+    }
+
+    /// `text` returns the ids that it drops; watchers that far back are told.
+    fn drop_events(&mut self, text: &str, parameters: impl rusqlite::Params) -> Result<()> {
+        let write = |error| sql("event log: dropping old events", error);
         let gone: Option<i64> = self
             .conn
-            .prepare_cached(sql_text)
+            .prepare_cached(text)
             .and_then(|mut statement| {
-                let ids = statement.query_map(
-                    (to_sql(too_many).unwrap_or(0), to_sql(too_old.0).unwrap_or(0), last.cast_signed()),
-                    |row| row.get(0),
-                )?;
+                let ids = statement.query_map(parameters, |row| row.get(0))?;
                 ids.collect::<rusqlite::Result<Vec<i64>>>()
             })
             .map_err(write)?

@@ -90,7 +90,7 @@ impl<T: Clone> Topic<T> {
     }
 }
 
-/// Numbered in the order of writing: ids may come out of order.
+/// Numbered in the order of writing, which is the order of ids too; several may have one id.
 pub(crate) type Written = (u64, Event);
 
 /// Where each topic was when the store was opened.

@@ -2,9 +2,8 @@
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use clawpot_core::event::Event;
 use clawpot_core::ports::{Txn, TxnOutcome};
 use clawpot_types::Result;
 use tokio::sync::{Semaphore, oneshot};
@@ -15,17 +14,9 @@ use crate::error;
 const DEPTH: usize = 1024;
 /// Jobs of one commit.
 const BATCH: usize = 256;
-/// How long events wait for a transaction to share its commit, so that no transaction waits for theirs.
-const LINGER: Duration = Duration::from_millis(5);
-
-pub(crate) enum Job {
-    Txn {
-        txn: Txn,
-        reply: oneshot::Sender<Result<TxnOutcome>>,
-    },
-    Events(Vec<Event>),
-    /// Answered when all that was queued before is committed.
-    Flush(oneshot::Sender<()>),
+pub(crate) struct Job {
+    pub(crate) txn: Txn,
+    pub(crate) reply: oneshot::Sender<Result<TxnOutcome>>,
 }
 
 pub(crate) struct Queue {
@@ -36,8 +27,6 @@ pub(crate) struct Queue {
 
 struct Waiting {
     jobs: VecDeque<Job>,
-    /// Jobs somebody waits for.
-    urgent: usize,
     closed: bool,
 }
 
@@ -51,7 +40,7 @@ pub(crate) enum Woken {
 
 impl Queue {
     pub(crate) fn new() -> Self {
-        let waiting = Waiting { jobs: VecDeque::new(), urgent: 0, closed: false };
+        let waiting = Waiting { jobs: VecDeque::new(), closed: false };
         Self { room: Semaphore::new(DEPTH), waiting: Mutex::new(waiting), came: Condvar::new() }
     }
 
@@ -64,7 +53,6 @@ impl Queue {
         }
         // Given back by `take`.
         permit.forget();
-        waiting.urgent += usize::from(!matches!(job, Job::Events(_)));
         waiting.jobs.push_back(job);
         drop(waiting);
         self.came.notify_one();
@@ -75,16 +63,8 @@ impl Queue {
     /// [`Self::close`] is still handed out.
     pub(crate) fn take(&self, idle: Option<Duration>) -> Woken {
         let mut waiting = self.lock();
-        let mut linger_until = None;
-        while waiting.urgent == 0 && !waiting.closed && waiting.jobs.len() < BATCH {
-            let patience = if waiting.jobs.is_empty() {
-                idle
-            } else {
-                let until = *linger_until.get_or_insert_with(|| Instant::now() + LINGER);
-                Some(until.saturating_duration_since(Instant::now()))
-            };
-            waiting = match patience {
-                Some(Duration::ZERO) => break,
+        while waiting.jobs.is_empty() && !waiting.closed {
+            waiting = match idle {
                 Some(patience) => {
                     let (waiting, timeout) =
                         self.came.wait_timeout(waiting, patience).unwrap_or_else(PoisonError::into_inner);
@@ -101,7 +81,6 @@ impl Queue {
         }
         let count = waiting.jobs.len().min(BATCH);
         let batch: Vec<Job> = waiting.jobs.drain(..count).collect();
-        waiting.urgent -= batch.iter().filter(|job| !matches!(job, Job::Events(_))).count();
         drop(waiting);
         self.room.add_permits(count);
         Woken::Batch(batch)

@@ -118,13 +118,6 @@ impl SqliteStore {
             .map_err(|error| Error::io("state store: starting its writer", error))?;
         Ok(Self { queue, hub, readers, epoch, options, writer: Some(writer) })
     }
-
-    /// When everything queued before is committed.
-    async fn flush(&self) -> Result<()> {
-        let (reply, answer) = oneshot::channel();
-        self.queue.push(Job::Flush(reply)).await?;
-        answer.await.map_err(|_| closed())
-    }
 }
 
 impl Drop for SqliteStore {
@@ -163,7 +156,7 @@ impl StateStore for SqliteStore {
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome> {
         check(&txn)?;
         let (reply, answer) = oneshot::channel();
-        self.queue.push(Job::Txn { txn, reply }).await?;
+        self.queue.push(Job { txn, reply }).await?;
         answer.await.map_err(|_| closed())?
     }
 
@@ -186,20 +179,10 @@ impl StateStore for SqliteStore {
     }
 }
 
-/// `append` returns once the events are queued behind the transaction they tell of; they share the commit of a later
-/// one, or get their own some milliseconds later. What cannot be written (a full disk) is logged as lost.
 #[async_trait]
 impl EventLog for SqliteStore {
-    async fn append(&self, events: Vec<Event>) -> Result<()> {
-        if events.is_empty() {
-            return Ok(());
-        }
-        self.queue.push(Job::Events(events)).await
-    }
-
     /// A page never ends between two events of one id, so that the last id is where the next page begins.
     async fn list(&self, vm: Option<&VmId>, after: Revision, limit: usize) -> Result<Vec<Event>> {
-        self.flush().await?;
         let vm = vm.cloned();
         self.readers.with(move |conn| events_page(conn, vm.as_ref(), after, limit)).await
     }
@@ -247,8 +230,13 @@ fn check_reach(from: Revision, floor: u64, position: u64) -> Result<()> {
     Ok(())
 }
 
-/// Keys and values as the port promises them; each key at most once.
+/// Keys and values as the port promises them; each key, and each kind of event of a VM, at most once.
 fn check(txn: &Txn) -> Result<()> {
+    let mut told = BTreeSet::new();
+    if let Some(twice) = txn.events.iter().find(|event| !told.insert((&event.vm, event.kind))) {
+        let text = format!("state store: event {} of VM {} twice in one transaction", twice.kind, twice.vm);
+        return Err(Error::new(Kind::InvalidArgument, text));
+    }
     let mut seen = BTreeSet::new();
     for guard in &txn.guards {
         check_key(&guard.key)?;

@@ -3,17 +3,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::apply::{Batch, Kept, Room};
+use crate::ballast::Ballast;
+use crate::error::{closed, sql};
+use crate::hub::Hub;
+use crate::queue::{Job, Queue, Woken};
 use clawpot_core::ports::{Durability, TxnOutcome};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Kind, Result};
 use rusqlite::{Connection, TransactionBehavior};
-use tokio::sync::oneshot;
-
-use crate::apply::{Batch, Kept, Room};
-use crate::ballast::Ballast;
-use crate::error::sql;
-use crate::hub::Hub;
-use crate::queue::{Job, Queue, Woken};
 
 /// Commits between two checkpoints. At one or two pages each, the log stays within a few MiB.
 const CHECKPOINT_EVERY: u32 = 256;
@@ -90,7 +88,7 @@ impl Writer {
         }
     }
 
-    fn alone(&mut self, job: &Job) -> Result<Option<TxnOutcome>> {
+    fn alone(&mut self, job: &Job) -> Result<TxnOutcome> {
         let one = std::slice::from_ref(job);
         let outcome = match self.commit(one) {
             Err(error) if error.kind() == Kind::Exhausted && self.room == Room::Ample => {
@@ -99,11 +97,12 @@ impl Writer {
             }
             other => other,
         };
-        outcome.map(|mut outcomes| outcomes.pop().flatten())
+        // One for each member.
+        outcome.and_then(|mut outcomes| outcomes.pop().ok_or_else(closed))
     }
 
     /// All of `jobs` in one transaction, or none. Publishes what was committed.
-    fn commit(&mut self, jobs: &[Job]) -> Result<Vec<Option<TxnOutcome>>> {
+    fn commit(&mut self, jobs: &[Job]) -> Result<Vec<TxnOutcome>> {
         let write = |error| sql("state store: committing", error);
         self.set_synchronous(jobs)?;
         let tx = self.conn.transaction_with_behavior(TransactionBehavior::Immediate).map_err(write)?;
@@ -111,14 +110,10 @@ impl Writer {
         let before = batch.revision;
         let mut outcomes = Vec::with_capacity(jobs.len());
         for job in jobs {
-            outcomes.push(match job {
-                Job::Txn { txn, .. } => Some(batch.txn(txn)?),
-                Job::Events(events) => batch.append(events).map(|()| None)?,
-                Job::Flush(_) => None,
-            });
+            outcomes.push(batch.txn(&job.txn)?);
         }
-        if batch.revision == before && batch.events.is_empty() {
-            // Nothing to write: conflicts, flushes, events that were there.
+        if batch.revision == before {
+            // Nothing to write: conflicts.
             return Ok(outcomes);
         }
         batch.finish(&self.kept)?;
@@ -135,7 +130,7 @@ impl Writer {
     }
 
     fn set_synchronous(&mut self, jobs: &[Job]) -> Result<()> {
-        let full = jobs.iter().any(|job| matches!(job, Job::Txn { txn, .. } if txn.durability == Durability::Full));
+        let full = jobs.iter().any(|job| job.txn.durability == Durability::Full);
         let wanted = if full { Durability::Full } else { Durability::Normal };
         if self.synchronous != Some(wanted) {
             let level = if full { "FULL" } else { "NORMAL" };
@@ -180,23 +175,8 @@ impl Writer {
     }
 }
 
-fn answer(job: Job, outcome: Result<Option<TxnOutcome>>) {
-    let told = match job {
-        // A transaction always has an outcome: `commit` makes one for each.
-        Job::Txn { reply, .. } => outcome.transpose().is_none_or(|outcome| send(reply, outcome)),
-        Job::Flush(reply) => send(reply, ()),
-        Job::Events(events) => {
-            if let Err(error) = outcome {
-                tracing::warn!(count = events.len(), error = error.chain(), "events lost");
-            }
-            true
-        }
-    };
-    if !told {
+fn answer(job: Job, outcome: Result<TxnOutcome>) {
+    if job.reply.send(outcome).is_err() {
         tracing::trace!("whoever asked has gone; the transaction stands");
     }
-}
-
-fn send<T>(reply: oneshot::Sender<T>, answer: T) -> bool {
-    reply.send(answer).is_ok()
 }

@@ -12,7 +12,7 @@ use clawpot_store::{Options, SqliteStore, backup, store::path};
 use clawpot_types::{Kind, Revision};
 use futures_util::StreamExt as _;
 use rusqlite::Connection;
-use support::{State, absent, delete, event, put, txn};
+use support::{State, absent, delete, draft, put, txn};
 
 fn raw(state: &Path) -> Connection {
     Connection::open(path(state)).unwrap()
@@ -22,13 +22,13 @@ fn raw(state: &Path) -> Connection {
 async fn what_was_committed_is_there_after_a_restart() {
     let mut state = State::new();
     let revision = state.commit(vec![put("vms/a", "1"), put("slots/1", "\"a\"")]).await;
-    EventLog::append(state.store(), vec![event(1), event(2)]).await.unwrap();
+    let told = state.tell(&[draft(1), draft(2)]).await;
     let epoch = state.store().epoch();
     state.restart();
     assert_eq!(state.store().epoch(), epoch);
     assert_eq!(state.store().get("vms/a").await.unwrap().unwrap().value, b"1");
-    assert_eq!(EventLog::list(state.store(), None, Revision(0), 10).await.unwrap().len(), 2, "queued is not lost");
-    assert_eq!(state.commit(vec![put("vms/b", "1")]).await, revision.next());
+    assert_eq!(EventLog::list(state.store(), None, Revision(0), 10).await.unwrap(), told);
+    assert_eq!(state.commit(vec![put("vms/b", "1")]).await, told[1].id.next());
     let mut changes = StateStore::watch(state.store(), "", Revision(0)).await.unwrap();
     assert_eq!(changes.next().await.unwrap().unwrap().revision, revision, "watchers may go back beyond the restart");
 }
@@ -118,14 +118,14 @@ fn second_leaf(file: &[u8], root: usize) -> usize {
 #[tokio::test]
 async fn an_unreadable_event_is_told() {
     let mut state = State::new();
-    EventLog::append(state.store(), vec![event(1), event(2)]).await.unwrap();
+    let told = state.tell(&[draft(1), draft(2)]).await;
     state.close();
-    raw(&state.dir()).execute_batch("UPDATE events SET body = '{' WHERE id = 1").unwrap();
+    raw(&state.dir()).execute_batch("UPDATE events SET body = '{' WHERE seq = 1").unwrap();
     state.open();
     let events = EventLog::list(state.store(), None, Revision(0), 10).await.unwrap();
     assert_eq!(events.len(), 2);
     assert!(events[0].message.contains("cannot be read"), "{}", events[0].message);
-    assert_eq!((events[0].id, &events[0].kind), (Revision(1), &event(1).kind));
+    assert_eq!((events[0].id, &events[0].kind), (told[0].id, &told[0].kind));
 }
 
 fn open_error(state: &State) -> clawpot_types::Error {
@@ -155,9 +155,9 @@ async fn an_older_store_is_migrated() {
     assert_eq!(listing.revision, Revision(3));
     assert_eq!(listing.entries.len(), 1);
     assert_eq!(state.store().epoch(), 4711);
-    EventLog::append(state.store(), vec![event(1)]).await.unwrap();
-    assert_eq!(EventLog::list(state.store(), None, Revision(0), 10).await.unwrap(), [event(1)]);
-    assert_eq!(state.commit(vec![put("vms/c", "1")]).await, Revision(4));
+    let told = state.tell(&[draft(1)]).await;
+    assert_eq!(EventLog::list(state.store(), None, Revision(0), 10).await.unwrap(), told);
+    assert_eq!(state.commit(vec![put("vms/c", "1")]).await, Revision(5));
 }
 
 #[tokio::test]
@@ -194,8 +194,7 @@ async fn a_backup_is_whole_and_another_store() {
     for n in 0..200 {
         state.commit(vec![put(&format!("vms/{n}"), &format!("\"{}\"", "v".repeat(1000)))]).await;
     }
-    EventLog::append(state.store(), vec![event(1)]).await.unwrap();
-    EventLog::list(state.store(), None, Revision(0), 1).await.unwrap();
+    let told = state.tell(&[draft(1)]).await;
     let to = state.dir().join("../copy.db");
     backup(&state.dir(), &to).unwrap();
     assert_eq!(std::fs::metadata(&to).unwrap().permissions().mode() & 0o777, 0o600);
@@ -214,7 +213,7 @@ async fn a_backup_is_whole_and_another_store() {
     state.open();
     let listing = StateStore::list(state.store(), "vms/").await.unwrap();
     assert_eq!((listing.entries.len(), listing.unreadable.len()), (200, 0));
-    assert_eq!(EventLog::list(state.store(), None, Revision(0), 10).await.unwrap(), [event(1)]);
+    assert_eq!(EventLog::list(state.store(), None, Revision(0), 10).await.unwrap(), told);
     assert_ne!(state.store().epoch(), epoch, "its revisions are counted anew from there");
 }
 

@@ -10,10 +10,10 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
 
-use clawpot_core::ports::{Durability, StateStore, TxnOutcome};
-use clawpot_types::{Kind, Result};
+use clawpot_core::ports::{Durability, EventLog, StateStore, TxnOutcome};
+use clawpot_types::{Kind, Result, Revision};
 use rustix::mount::{MountFlags, MountPropagationFlags};
-use support::{State, at, delete, put, txn};
+use support::{State, at, delete, draft, put, txn};
 
 /// Runs `work` on a thread whose `dir` is a tmpfs of `bytes`; the mount goes with the thread (and those it starts).
 fn with_small_disk(dir: &Path, bytes: u64, work: impl FnOnce(&Path) + Send) {
@@ -45,6 +45,7 @@ fn fill(dir: &Path) {
 async fn add(state: &State, n: u32) -> Result<TxnOutcome> {
     let value = format!("\"{}\"", "v".repeat(1500));
     let mut txn = txn(vec![], vec![put(&format!("vms/{n}"), &value)]);
+    txn.events.push(draft(u8::try_from(n % 250).unwrap()));
     txn.durability = if n.is_multiple_of(2) { Durability::Full } else { Durability::Normal };
     state.store().txn(txn).await
 }
@@ -80,6 +81,7 @@ async fn deleted_on_a_full_disk(disk: &Path) {
     assert!(!state.dir().join("ballast").exists(), "the ballast was given up");
     assert_eq!(state.store().get(&format!("vms/{full_at}")).await.unwrap(), None, "nothing was changed");
 
+    let mut told = TxnOutcome::Committed(Revision(0));
     // What deleting takes: the intent is written, the phase is written a few times, the record goes.
     for n in 0..full_at {
         let key = format!("vms/{n}");
@@ -89,9 +91,16 @@ async fn deleted_on_a_full_disk(disk: &Path) {
             let swap = txn(vec![at(&key, entry.revision)], vec![put(&key, &value)]);
             state.store().txn(swap).await.unwrap_or_else(|error| panic!("{key}: {}", error.chain()));
         }
-        state.store().txn(txn(vec![], vec![delete(&key)])).await.unwrap();
+        let mut gone = txn(vec![], vec![delete(&key)]);
+        gone.events.push(draft(u8::try_from(n % 250).unwrap()));
+        told = state.store().txn(gone).await.unwrap();
     }
-    assert!(state.store().list("vms/").await.unwrap().entries.is_empty());
+    assert!(StateStore::list(state.store(), "vms/").await.unwrap().entries.is_empty());
+    // Events took the place of the oldest, and none was dropped as long as there were older ones.
+    let events = EventLog::list(state.store(), None, Revision(0), usize::MAX - 1).await.unwrap();
+    let newest = events.last().map(|event| TxnOutcome::Committed(event.id));
+    assert_eq!(newest, Some(told), "the last delete's event is there, of {}", events.len());
+    assert!(events.len() > 100, "{} events are left", events.len());
 
     // Closing gave the log's room back: the next start takes its ballast again.
     state.restart();

@@ -38,7 +38,6 @@ pub enum Method {
     StoreList,
     StoreTxn,
     StoreWatch,
-    EventsAppend,
     EventsList,
     EventsWatch,
 }

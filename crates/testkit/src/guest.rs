@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use clawpot_core::exec::{ExecEnd, ExecExited, ExecFailedReason, ExecInput, ExecOutput, ExecStart};
 use clawpot_core::ports::{BoxStream, Guest, GuestEndpoint, Hello};
-use clawpot_core::{MachineId, Timing};
+use clawpot_core::{MachineId, Timing, VmmEnd};
 use clawpot_types::{Error, ExecId, Kind, Millis, Result};
 use futures_util::StreamExt as _;
 use tokio::time::Instant;
@@ -74,7 +74,7 @@ impl Guest for FakeGuest {
             self.host.change(|inventory| {
                 let Shutdown::After(time) = inventory.shutdown else { return };
                 if let Some(FakeProcess::Lives { ends, .. }) = inventory.machines.get_mut(id).map(|m| &mut m.process) {
-                    *ends = Some((Instant::now() + time, "exit status 0".to_owned()));
+                    *ends = Some((Instant::now() + time, VmmEnd::Code(0)));
                 }
             });
             Ok(())

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use clawpot_core::MachineId;
+use clawpot_core::{MachineId, VmmEnd};
 use clawpot_types::{Digest, ExecId, MiB, Slot, VmId};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -20,7 +20,7 @@ pub enum Boot {
     /// The VMM lives and the guest never answers.
     Silent,
     /// The VMM ends by itself after this long, saying how.
-    Exits(Duration, String),
+    Exits(Duration, VmmEnd),
 }
 
 /// What a guest does when it is asked to shut down.
@@ -77,9 +77,9 @@ pub(crate) enum FakeProcess {
     Lives {
         ready_at: Option<Instant>,
         /// When it will end by itself, and how.
-        ends: Option<(Instant, String)>,
+        ends: Option<(Instant, VmmEnd)>,
     },
-    Exited(String),
+    Exited(VmmEnd),
 }
 
 #[derive(Clone, Debug)]
@@ -133,7 +133,7 @@ impl FakeHost {
             inventory.images.values_mut().for_each(|(_, verified)| *verified = false);
             for machine in inventory.machines.values_mut() {
                 if machine.process != FakeProcess::NotStarted {
-                    machine.process = FakeProcess::Exited("the host was restarted".to_owned());
+                    machine.process = FakeProcess::Exited(VmmEnd::Unseen("the host was restarted".to_owned()));
                 }
             }
         });
@@ -141,13 +141,41 @@ impl FakeHost {
 
     /// Every VMM of `vm` dies; whether there was one.
     pub fn kill_vmm(&self, vm: &VmId) -> bool {
+        self.end_vmm(vm, &VmmEnd::Signal(9), None)
+    }
+
+    /// The guest goes down by itself, in order; whether there was one.
+    pub fn power_off(&self, vm: &VmId) -> bool {
+        self.end_vmm(vm, &VmmEnd::Code(0), Some("[    1.000000] reboot: Restarting system"))
+    }
+
+    /// The guest's kernel gives up; whether there was one.
+    pub fn panic_guest(&self, vm: &VmId) -> bool {
+        self.end_vmm(vm, &VmmEnd::Code(0), Some("[    1.000000] Kernel panic - not syncing: it was told to"))
+    }
+
+    /// Nobody can tell any more how a process ended: it was the last daemon's child.
+    pub fn forget_ends(&self) {
+        self.change(|inventory| {
+            for machine in inventory.machines.values_mut() {
+                if let FakeProcess::Exited(how) = &mut machine.process {
+                    *how = VmmEnd::Unseen("it ended while no server watched".to_owned());
+                }
+            }
+        });
+    }
+
+    fn end_vmm(&self, vm: &VmId, how: &VmmEnd, last_words: Option<&str>) -> bool {
         self.change(|inventory| {
             let mut killed = false;
             for (id, machine) in &mut inventory.machines {
                 if id.vm == *vm && matches!(machine.process, FakeProcess::Lives { .. }) {
-                    machine.process = FakeProcess::Exited("killed by signal 9".to_owned());
+                    machine.process = FakeProcess::Exited(how.clone());
                     killed = true;
                 }
+            }
+            if let Some(words) = last_words.filter(|_| killed) {
+                inventory.consoles.entry(vm.clone()).or_default().push(words.to_owned());
             }
             killed
         })

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use clawpot_core::event::Event;
+use clawpot_core::event::{Draft, Event};
 use clawpot_core::ports::{
     BoxStream, Change, Entry, EventLog, Expect, Listing, Op, StateStore, Txn, TxnOutcome, Unreadable,
 };
@@ -113,6 +113,12 @@ impl FakeStore {
         self.shared.lock().rows.keys().cloned().collect()
     }
 
+    /// A row as it is, unchecked.
+    #[must_use]
+    pub fn row(&self, key: &str) -> Option<Vec<u8>> {
+        self.shared.lock().rows.get(key).map(|(value, _)| value.clone())
+    }
+
     /// Every event that is kept, in the order of writing.
     #[must_use]
     pub fn all_events(&self) -> Vec<Event> {
@@ -155,9 +161,10 @@ impl State {
         if self.full && txn.ops.iter().any(adds) {
             return Err(Error::new(Kind::Exhausted, "fake store: the disk is full"));
         }
-        if !txn.ops.is_empty() {
+        if !txn.ops.is_empty() || !txn.events.is_empty() {
             self.revision += 1;
             txn.ops.iter().for_each(|op| self.apply(op));
+            txn.events.iter().for_each(|draft| self.append(draft));
             let floor = self.revision.saturating_sub(u64::try_from(self.kept.changes).unwrap_or(u64::MAX));
             self.changes_floor = self.changes_floor.max(floor);
             self.changes.retain(|change| change.revision.0 > floor);
@@ -182,11 +189,8 @@ impl State {
         }
     }
 
-    fn append(&mut self, event: Event) {
-        let same = |old: &Event| old.id == event.id && old.vm == event.vm && old.kind == event.kind;
-        if self.events.iter().any(same) {
-            return;
-        }
+    fn append(&mut self, draft: &Draft) {
+        let event = draft.committed(Revision(self.revision));
         let too_old = Timestamp(event.time.0.saturating_sub(Timestamp(0).after(self.kept.events_age).0));
         self.events.push_back(event);
         self.events_written += 1;
@@ -213,6 +217,10 @@ fn check(txn: &Txn) -> Result<()> {
         if !seen.insert(key) {
             return refused(format!("fake store: key {key} twice in one transaction"));
         }
+    }
+    let mut told = BTreeSet::new();
+    if let Some(twice) = txn.events.iter().find(|event| !told.insert((&event.vm, event.kind))) {
+        return refused(format!("fake store: event {} of VM {} twice in one transaction", twice.kind, twice.vm));
     }
     for op in &txn.ops {
         if let Op::Put { key, value } = op
@@ -298,17 +306,6 @@ impl StateStore for FakeStore {
 
 #[async_trait]
 impl EventLog for FakeStore {
-    async fn append(&self, events: Vec<Event>) -> Result<()> {
-        let work = || {
-            let mut state = self.shared.lock();
-            events.into_iter().for_each(|event| state.append(event));
-            drop(state);
-            self.shared.grown();
-            Ok(())
-        };
-        self.line.call(Method::EventsAppend, work).await
-    }
-
     async fn list(&self, vm: Option<&VmId>, after: Revision, limit: usize) -> Result<Vec<Event>> {
         let work = || {
             let state = self.shared.lock();

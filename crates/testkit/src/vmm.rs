@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use bytes::Bytes;
 use clawpot_core::ports::{BoxStream, Capabilities, Console, GuestEndpoint, Machine, Seat, Vmm};
-use clawpot_core::{Fact, MachineId, VmmFact, VmmKind};
+use clawpot_core::{Fact, LastWords, MachineId, VmmEnd, VmmFact, VmmKind};
 use clawpot_types::{Error, Kind, Result, VmId};
 use futures_util::StreamExt as _;
 use tokio::time::Instant;
@@ -92,7 +92,7 @@ impl Vmm for FakeVmm {
                 if let Some(machine) = inventory.machines.get_mut(id)
                     && matches!(machine.process, FakeProcess::Lives { .. })
                 {
-                    machine.process = FakeProcess::Exited("killed by signal 9".to_owned());
+                    machine.process = FakeProcess::Exited(VmmEnd::Signal(9));
                 }
             });
             Ok(())
@@ -175,7 +175,11 @@ fn start(inventory: &mut Inventory, id: &MachineId) -> Result<()> {
         Boot::Silent => (None, None),
         Boot::Exits(time, how) => (None, Some((now + time, how))),
     };
-    inventory.consoles.entry(id.vm.clone()).or_default().push(format!("[fake] machine {id} boots"));
+    inventory
+        .consoles
+        .entry(id.vm.clone())
+        .or_default()
+        .extend([format!("{}{} ---", LastWords::BOOT, id.incarnation), format!("[fake] machine {id} boots")]);
     if let Some(machine) = inventory.machines.get_mut(id) {
         machine.process = FakeProcess::Lives { ready_at, ends };
     }

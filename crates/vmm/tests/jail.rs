@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clawpot_core::ports::Console;
-use clawpot_core::{Fact, VmmFact, VmmKind};
+use clawpot_core::{Fact, VmmEnd, VmmFact, VmmKind};
 use clawpot_host::cgroup::{Cgroups, Limits};
 use clawpot_host::process::Spawn;
 use clawpot_types::Kind;
@@ -27,7 +27,12 @@ fn shell(script: &str) -> Spawn {
 }
 
 fn exited(how: &str) -> Fact<VmmFact> {
-    Fact::Present(VmmFact::Exited { how: how.to_owned() })
+    let how = match how {
+        "exit status 1" => VmmEnd::Code(1),
+        "killed by signal 9" => VmmEnd::Signal(9),
+        told => VmmEnd::Unseen(told.to_owned()),
+    };
+    Fact::Present(VmmFact::Exited { how })
 }
 
 /// None: what a limit does is tested where one is wanted.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clawpot_core::ports::Machine;
-use clawpot_core::{Fact, VmmFact, VmmKind};
+use clawpot_core::{Fact, VmmEnd, VmmFact, VmmKind};
 use clawpot_host::cgroup::{Cgroups, Limits};
 use clawpot_host::process::{Spawn, User};
 use clawpot_vmm::console::Consoles;
@@ -100,7 +100,7 @@ async fn one_that_eats_memory_is_killed_at_its_limit() {
     let limits = Limits { memory: Some(MEMORY), pids: None, cpu: None };
     let Some(wild) = Wild::start("memory", limits, "exec tail /dev/zero").await else { return };
     tokio::time::timeout(Duration::from_secs(60), wild.jails.exited(&wild.machine.id)).await.unwrap();
-    let how = Fact::Present(VmmFact::Exited { how: "killed by signal 9".to_owned() });
+    let how = Fact::Present(VmmFact::Exited { how: VmmEnd::Signal(9) });
     assert_eq!(wild.jails.inspect(&wild.machine.id).await, how);
     let killed = wild.says("memory.events", "memory.oom_control", "memory");
     assert!(entry(&killed, "oom_kill") > 0, "nobody was killed for memory: {killed}");

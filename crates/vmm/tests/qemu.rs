@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clawpot_core::ports::{BootFiles, Console, GuestEndpoint, Machine, Vmm};
-use clawpot_core::{Fact, VmmFact};
+use clawpot_core::{Fact, VmmEnd, VmmFact};
 use clawpot_host::process::{Tool, find_program};
 use clawpot_types::{Digest, MiB};
 use clawpot_vmm::console::Consoles;
@@ -115,7 +115,7 @@ async fn a_boot_that_fails_tells_why_and_ends() {
     world.qemu.start(&world.machine).await.unwrap();
     tokio::time::timeout(Duration::from_secs(60), world.qemu.exited(&id)).await.unwrap();
     let Fact::Present(VmmFact::Exited { how }) = world.qemu.inspect(&id).await else { panic!("not exited") };
-    assert_eq!(how, "exit status 0");
+    assert_eq!(how, VmmEnd::Code(0));
     assert!(world.tail().await.contains("Kernel panic - not syncing"), "{}", world.tail().await);
     world.end().await;
 }
@@ -129,7 +129,7 @@ async fn a_file_that_is_no_kernel_is_told_by_qemu() {
     world.qemu.start(&world.machine).await.unwrap();
     let id = world.machine.id.clone();
     tokio::time::timeout(Duration::from_secs(60), world.qemu.exited(&id)).await.unwrap();
-    assert_eq!(world.qemu.inspect(&id).await, Fact::Present(VmmFact::Exited { how: "exit status 1".to_owned() }));
+    assert_eq!(world.qemu.inspect(&id).await, Fact::Present(VmmFact::Exited { how: VmmEnd::Code(1) }));
     assert!(world.tail().await.contains("qemu"), "{}", world.tail().await);
     world.end().await;
 }

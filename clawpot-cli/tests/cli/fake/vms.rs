@@ -219,6 +219,14 @@ impl VmService for Service {
         Ok(Response::new(DeleteVmResponse { id: vm.id }))
     }
 
+    async fn set_ttl(&self, request: Request<SetTtlRequest>) -> Answer<Vm> {
+        let request = request.into_inner();
+        let mut vm = self.0.find(&request.vm)?;
+        vm.ttl_ms = request.ttl_ms;
+        self.0.put(vm.clone());
+        Ok(Response::new(vm))
+    }
+
     async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Answer<Self::ExecStream> {
         super::exec::attach(self.0.clone(), request.into_inner()).await
     }

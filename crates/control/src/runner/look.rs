@@ -1,9 +1,13 @@
 //! What is. Asks only what the phase's plan can use: a look costs a few system calls.
 
 use clawpot_core::facts::GuestFact;
-use clawpot_core::{Fact, Facts, Phase, VmRecord, VmmFact};
+use clawpot_core::{Fact, Facts, LastWords, Phase, VmRecord, VmmFact};
+use tracing::warn;
 
 use super::Runner;
+
+/// Console lines in which a kernel's end is looked for: a panic's stack trace and registers come after its first line.
+const LAST_LINES: usize = 80;
 
 impl Runner {
     pub(super) async fn look(&self, record: &VmRecord) -> Facts {
@@ -36,6 +40,10 @@ impl Runner {
             }
             other => other,
         };
+        let last_words = match vmm {
+            Fact::Present(VmmFact::Exited { .. }) => self.last_words(record).await,
+            _ => LastWords::Nothing,
+        };
         Facts {
             image,
             disk,
@@ -44,7 +52,22 @@ impl Runner {
             guest: link.map_or(GuestFact::NotAsked, |link| link.guest),
             traces,
             clients: self.lives.clients(&record.id),
+            last_words,
             boot_id: deps.boot_id.clone(),
+        }
+    }
+
+    /// Only while it matters how the machine ended.
+    async fn last_words(&self, record: &VmRecord) -> LastWords {
+        if !matches!(record.phase, Phase::Booting | Phase::Running) {
+            return LastWords::Nothing;
+        }
+        match self.deps.console.tail(&record.id, LAST_LINES).await {
+            Ok(lines) => LastWords::of(&lines),
+            Err(error) => {
+                warn!(vm = %self.id, error = error.chain(), "reading the console of a VM that ended");
+                LastWords::Nothing
+            }
         }
     }
 

@@ -78,7 +78,8 @@ impl Runner {
             Next::Do(step) => return self.take(step, revision, record).await,
             Next::Wait { until } => return Turn::Rest(until),
             Next::Become { phase, limit } => self.become_phase(revision, record, phase, limit).await,
-            Next::Fail { why } => self.fail(revision, record, write::told(&why, record)).await,
+            Next::End { why } => self.end(revision, record, &why).await,
+            Next::Expire => self.expire(revision, record).await,
             Next::Remove => self.remove(revision, record).await,
             Next::Forget => match self.forget(revision, record).await {
                 Ok(true) => return Turn::Over,

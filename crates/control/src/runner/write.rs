@@ -2,15 +2,17 @@
 
 use std::time::Duration;
 
-use clawpot_core::event::Event;
+use clawpot_core::event::Draft;
+use clawpot_core::exit::{Cause, SERVER};
 use clawpot_core::plan::Why;
 use clawpot_core::ports::Durability;
-use clawpot_core::{Failure, Phase, Timing, VmRecord};
+use clawpot_core::{Exit, Failure, Phase, Reason, Timing, VmRecord};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Result, Revision};
 use tracing::{error, info, warn};
 
 use super::Runner;
+use crate::service::event;
 
 /// Console lines kept with a failure.
 const TAIL_LINES: usize = 20;
@@ -32,6 +34,7 @@ impl Runner {
                 next.vmm = Some(self.deps.vmms.default().capabilities().choice());
                 next.address = Some(self.deps.net.seat(record.slot)?.address);
                 next.failure = None;
+                next.restart.at = None;
                 next.timings.clear();
                 // A stopped VM's wait for its next start is no part of the boot.
                 if record.phase == Phase::Accepted {
@@ -46,6 +49,8 @@ impl Runner {
                 next.timings.push(timing(record, now));
                 next.timings.extend(self.lives.hello(&record.id));
             }
+            Phase::Stopping => drop(next.note_wish(Reason::Stopped, now)),
+            Phase::Deleting => drop(next.note_wish(Reason::Deleted, now)),
             _ => {}
         }
         next.phase = phase;
@@ -56,14 +61,39 @@ impl Runner {
         self.write(revision, record, next, durability, format!("{} → {phase}", record.phase)).await
     }
 
-    /// Failed, with the console's last lines, which the VMM's end is likely to explain.
-    pub(super) async fn fail(&self, revision: Revision, record: &VmRecord, cause: Error) -> Result<()> {
+    /// Its machine ended and should not have.
+    pub(super) async fn end(&self, revision: Revision, record: &VmRecord, why: &Why) -> Result<()> {
+        self.ended(revision, record, &Cause::of(why), told(why, record)).await
+    }
+
+    /// A step failed for good.
+    pub(super) async fn fail(&self, revision: Revision, record: &VmRecord, error: Error) -> Result<()> {
+        self.ended(revision, record, &Cause::step(&error), error).await
+    }
+
+    async fn ended(&self, revision: Revision, record: &VmRecord, cause: &Cause, error: Error) -> Result<()> {
+        let mut next = record.ended(cause, self.deps.clock.now(), &self.deps.settings.limits);
+        if next.phase == Phase::Failed {
+            let failure = self.failure(record, &error).await;
+            error!(vm = %self.id, name = %record.name, during = %record.phase, cause = failure.message, "VM failed");
+            next.failure = Some(failure);
+        }
+        let again = match next.restart.at {
+            Some(at) => format!("; it is started again in {} s", at.since(next.phase_since).as_secs_f64()),
+            None => String::new(),
+        };
+        let message = format!("{} → {}: {}{again}", record.phase, next.phase, error.chain());
+        self.write(revision, record, next, Durability::Normal, message).await
+    }
+
+    /// With the console's last lines, which are likely to explain the VMM's end.
+    async fn failure(&self, record: &VmRecord, cause: &Error) -> Failure {
         let tail = self.deps.console.tail(&record.id, TAIL_LINES).await;
         let console_tail = tail.unwrap_or_else(|unread| {
             warn!(vm = %self.id, error = unread.chain(), "reading the console of a failed VM");
             Vec::new()
         });
-        let failure = Failure {
+        Failure {
             during: record.phase,
             generation: record.generation,
             kind: cause.kind(),
@@ -71,24 +101,28 @@ impl Runner {
             hint: cause.next_step().map(str::to_owned),
             cleanup: cause.cleanup().map(Error::chain),
             console_tail,
-        };
-        error!(vm = %self.id, name = %record.name, during = %record.phase, cause = failure.message, "VM failed");
-        let message = format!("{} → failed: {}", record.phase, failure.message);
-        let mut next = record.clone();
-        next.phase = Phase::Failed;
-        next.phase_since = self.deps.clock.now();
-        next.deadline = None;
-        next.failure = Some(failure);
-        self.write(revision, record, next, Durability::Normal, message).await
+        }
+    }
+
+    /// Its time to live is over. The intent changes, the phase does not: as if its owner had asked.
+    pub(super) async fn expire(&self, revision: Revision, record: &VmRecord) -> Result<()> {
+        let next = record.expired(self.deps.clock.now());
+        let wanted = format!("its time to live is over: {:?} from now on", next.desired).to_lowercase();
+        let mut events = vec![event(&self.deps, &next, "vm.expire", wanted, SERVER)];
+        events.extend(self.exit_event(record, &next));
+        info!(vm = %next.id, name = %next.name, "its time to live is over");
+        self.records.swap(revision, next, events, Durability::Full).await.map(drop)
     }
 
     /// `true` when the record is gone.
     pub(super) async fn forget(&self, revision: Revision, record: &VmRecord) -> Result<bool> {
-        let Some(revision) = self.records.forget(&record.id, revision).await? else { return Ok(false) };
+        let gone = event(&self.deps, record, "vm.gone", "nothing of it is left".to_owned(), SERVER);
+        if self.records.forget(&record.id, revision, vec![gone]).await?.is_none() {
+            return Ok(false);
+        }
         failpoint::reached(Point::Forgotten);
         info!(vm = %record.id, name = %record.name, "gone");
         self.lives.leave(&record.id);
-        self.event(revision, record, "vm.gone", "nothing of it is left".to_owned()).await;
         Ok(true)
     }
 
@@ -101,28 +135,19 @@ impl Runner {
         durability: Durability,
         message: String,
     ) -> Result<()> {
-        if let Some(revision) = self.records.swap(revision, next.clone(), durability).await? {
+        let mut events = vec![event(&self.deps, &next, "vm.phase", message, SERVER)];
+        events.extend(self.exit_event(before, &next));
+        if self.records.swap(revision, next.clone(), events, durability).await?.is_some() {
             failpoint::reached(Point::PhaseWritten);
             info!(vm = %next.id, name = %next.name, from = %before.phase, to = %next.phase, "phase");
-            self.event(revision, &next, "vm.phase", message).await;
         }
         Ok(())
     }
 
-    async fn event(&self, id: Revision, record: &VmRecord, kind: &str, message: String) {
-        let event = Event {
-            id,
-            time: self.deps.clock.now(),
-            vm: record.id.clone(),
-            name: record.name.clone(),
-            incarnation: record.incarnation,
-            kind: kind.to_owned(),
-            message,
-            actor: "server".to_owned(),
-        };
-        if let Err(error) = self.deps.events.append(vec![event]).await {
-            warn!(vm = %record.id, error = error.chain(), "writing an event");
-        }
+    /// The end of an incarnation, where this change tells of it first.
+    fn exit_event(&self, before: &VmRecord, next: &VmRecord) -> Option<Draft> {
+        let Exit { reason, by, message, .. } = next.exit.as_ref().filter(|exit| before.exit.as_ref() != Some(exit))?;
+        Some(event(&self.deps, next, "vm.exit", format!("{reason}: {message}"), by))
     }
 }
 
@@ -132,9 +157,12 @@ fn timing(record: &VmRecord, now: clawpot_types::Timestamp) -> Timing {
 }
 
 /// A plan's reason in words.
-pub(super) fn told(why: &Why, record: &VmRecord) -> Error {
+fn told(why: &Why, record: &VmRecord) -> Error {
     let say = |kind, text: String| Error::new(kind, format!("VM {}: {text}", record.name));
     match why {
+        Why::PoweredOff => say(Kind::Unavailable, "its guest powered itself off or restarted".to_owned()),
+        Why::GuestPanicked(words) => say(Kind::Internal, format!("its guest's kernel gave up: {words}"))
+            .hint(format!("the console may tell why: clawpot logs {}", record.name)),
         Why::VmmExited(how) => say(Kind::Internal, format!("the VMM ended by itself while {}: {how}", record.phase))
             .hint(format!("the console may tell why: clawpot logs {}", record.name)),
         Why::VmmVanished => say(Kind::Internal, format!("nothing is left of its machine, which was {}", record.phase))

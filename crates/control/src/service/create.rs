@@ -4,15 +4,16 @@ use std::collections::BTreeMap;
 
 use clawpot_core::ports::TxnOutcome;
 use clawpot_core::record::RECORD_VERSION;
-use clawpot_core::{Desired, ImagePin, Phase, VmRecord, VmSpec};
+use clawpot_core::{Desired, ImagePin, Phase, Restart, RestartPolicy, VmRecord, VmSpec};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{
-    Error, Generation, Incarnation, Kind, Label, MiB, Result, Revision, Slot, Timestamp, VmId, VmName,
+    Error, Generation, Incarnation, Kind, Label, MiB, Millis, Result, Revision, Slot, Timestamp, VmId, VmName,
 };
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-use super::{Service, known, tell, to_its_end};
+use super::intent::check_ttl;
+use super::{Service, event, known, to_its_end};
 use crate::records::{name_key, slot_key};
 
 /// What a client may ask for, checked in form by the API.
@@ -22,14 +23,38 @@ pub struct CreateVm {
     pub labels: BTreeMap<Label, Label>,
     pub spec: VmSpec,
     pub remove_when_done: bool,
+    /// `None`: for ever.
+    pub ttl: Option<Millis>,
+    pub restart: RestartPolicy,
 }
 
 /// `requests/<id>`: what was asked and which VM it made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Request {
+    pub version: u32,
     pub body: CreateVm,
     pub vm: VmId,
     pub at: Timestamp,
+}
+
+/// Version of [`Request`]'s JSON. The first had no number.
+pub const REQUEST_VERSION: u32 = 2;
+
+impl Request {
+    /// Reads a row of this version or the one before.
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let corrupt =
+            |error| Error::new(Kind::Corrupt, "request_id: what was asked before cannot be read").because(error);
+        let mut row: serde_json::Value = serde_json::from_slice(bytes).map_err(corrupt)?;
+        if row.get("version").is_none()
+            && let Some(body) = row.get_mut("body").and_then(serde_json::Value::as_object_mut)
+        {
+            body.insert("ttl".to_owned(), serde_json::Value::Null);
+            body.insert("restart".to_owned(), "never".into());
+            row["version"] = REQUEST_VERSION.into();
+        }
+        serde_json::from_value(row).map_err(corrupt)
+    }
 }
 
 /// Longest request id, bytes.
@@ -46,7 +71,7 @@ impl Service {
     }
 
     async fn accept(&self, request_id: &str, body: CreateVm, actor: &str) -> Result<(Revision, Arc<VmRecord>)> {
-        check(&body.spec)?;
+        check(&body)?;
         let request_key = request_key(request_id)?;
         if let Some(key) = &request_key
             && let Some(earlier) = self.records.store().get(key).await?
@@ -55,15 +80,15 @@ impl Service {
         }
         let image = self.deps.images.resolve(&body.spec.image).await?;
         for _ in 0..ATTEMPTS {
-            let record = self.draft(&body, image.clone())?;
+            let record = self.draft(&body, image.clone(), actor)?;
             let extra = match &request_key {
                 Some(key) => Some((key.clone(), encode(&body, &record)?)),
                 None => None,
             };
-            match self.records.insert(record.clone(), extra).await? {
+            let created = event(&self.deps, &record, "vm.create", told(&record), actor);
+            match self.records.insert(record.clone(), extra, created).await? {
                 TxnOutcome::Committed(revision) => {
                     failpoint::reached(Point::Accepted);
-                    tell(&self.deps, revision, &record, "vm.create", actor).await;
                     self.run(&record.id);
                     self.warm().await;
                     return Ok((revision, Arc::new(record)));
@@ -78,9 +103,9 @@ impl Service {
         Err(Error::new(Kind::Conflict, "create: slots and names were taken by others again and again"))
     }
 
-    fn draft(&self, body: &CreateVm, image: ImagePin) -> Result<VmRecord> {
+    fn draft(&self, body: &CreateVm, image: ImagePin, actor: &str) -> Result<VmRecord> {
         let now = self.deps.clock.now();
-        Ok(VmRecord {
+        let mut record = VmRecord {
             version: RECORD_VERSION,
             id: self.deps.ids.vm_id(),
             name: body.name.clone().unwrap_or_else(|| self.deps.ids.vm_name()),
@@ -103,7 +128,14 @@ impl Service {
             failure: None,
             remove_when_done: body.remove_when_done,
             stop_grace: self.deps.settings.stop_grace,
-        })
+            intent_by: actor.to_owned(),
+            exit: None,
+            restart: Restart::new(body.restart),
+            ttl: None,
+            expires_at: None,
+        };
+        record.keep(body.ttl, now);
+        Ok(record)
     }
 
     fn free_slot(&self) -> Result<Slot> {
@@ -143,9 +175,7 @@ impl Service {
     }
 
     fn repeated(&self, earlier: &[u8], body: &CreateVm) -> Result<(Revision, Arc<VmRecord>)> {
-        let earlier: Request = serde_json::from_slice(earlier).map_err(|error| {
-            Error::new(Kind::Corrupt, "request_id: what was asked before cannot be read").because(error)
-        })?;
+        let earlier = Request::decode(earlier)?;
         if earlier.body != *body {
             let what = format!("request_id: used before for VM {} with another body", earlier.vm);
             return Err(Error::new(Kind::AlreadyExists, what).hint("use a new request_id for a new request"));
@@ -156,9 +186,21 @@ impl Service {
 }
 
 /// Again, whatever the door checked: nothing out of range may reach the store.
-fn check(spec: &VmSpec) -> Result<()> {
-    MiB::memory(spec.memory.0).map_err(|error| error.context("spec.memory_mib"))?;
-    MiB::disk(spec.disk.0).map_err(|error| error.context("spec.disk_mib")).map(drop)
+fn check(body: &CreateVm) -> Result<()> {
+    MiB::memory(body.spec.memory.0).map_err(|error| error.context("spec.memory_mib"))?;
+    MiB::disk(body.spec.disk.0).map_err(|error| error.context("spec.disk_mib"))?;
+    check_ttl(body.ttl)?;
+    if body.remove_when_done && body.restart != RestartPolicy::Never {
+        let what = "restart: a VM that is removed when done is not started again";
+        return Err(Error::new(Kind::InvalidArgument, what).hint("leave out either --rm or --restart"));
+    }
+    Ok(())
+}
+
+/// "256 MiB, 1 vCPU, …": what was asked for, in one line.
+fn told(record: &VmRecord) -> String {
+    let spec = &record.spec;
+    format!("{}, {} vCPU, {} of memory, {} of disk", spec.image, spec.vcpus.get(), spec.memory, spec.disk)
 }
 
 fn request_key(id: &str) -> Result<Option<String>> {
@@ -173,6 +215,11 @@ fn request_key(id: &str) -> Result<Option<String>> {
 }
 
 fn encode(body: &CreateVm, record: &VmRecord) -> Result<Vec<u8>> {
-    serde_json::to_vec(&Request { body: body.clone(), vm: record.id.clone(), at: record.created_at })
-        .map_err(|error| Error::new(Kind::Internal, "request_id: writing it down").because(error))
+    serde_json::to_vec(&Request {
+        version: REQUEST_VERSION,
+        body: body.clone(),
+        vm: record.id.clone(),
+        at: record.created_at,
+    })
+    .map_err(|error| Error::new(Kind::Internal, "request_id: writing it down").because(error))
 }

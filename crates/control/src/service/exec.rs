@@ -122,10 +122,10 @@ impl Service {
     }
 }
 
-/// It has failed, and its owner has asked for another start since; its runner is about to say so.
+/// It has failed, and its owner has asked for another start since, or its policy will.
 fn started_again(record: &VmRecord) -> bool {
     let older = record.failure.as_ref().is_some_and(|failure| failure.generation < record.generation);
-    record.phase == Phase::Failed && record.desired == Desired::Running && older
+    record.phase == Phase::Failed && record.desired == Desired::Running && (older || record.restart.at.is_some())
 }
 
 fn denied(record: &VmRecord, why: &str) -> Error {

@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use clawpot_types::{Error, Kind, Result, Revision, VmId};
+use clawpot_core::event::Draft;
+use clawpot_types::{Error, Incarnation, Kind, Result, Revision, VmId};
 
 use super::Service;
 
@@ -11,7 +12,7 @@ use super::Service;
 const DEATH: Duration = Duration::from_secs(5);
 
 impl Service {
-    pub(super) async fn force(&self, id: &VmId, revision: Revision) -> Result<()> {
+    pub(super) async fn force(&self, id: &VmId, revision: Revision, actor: &str) -> Result<()> {
         for vmm in self.deps.vmms.iter() {
             for machine in vmm.list().await?.into_iter().filter(|machine| machine.vm == *id) {
                 vmm.stop(&machine).await?;
@@ -26,9 +27,23 @@ impl Service {
         }
         self.deps.images.remove_disk(id).await?;
         self.deps.console.erase(id).await?;
-        match self.records.forget(id, revision).await? {
+        match self.records.forget(id, revision, vec![self.forced(id, actor)?]).await? {
             Some(_) => Ok(()),
             None => Err(Error::new(Kind::Conflict, format!("VM {id}: its row changed while it was removed"))),
         }
+    }
+
+    /// Its record cannot be asked for its name: what guards the name can, or the id makes one.
+    fn forced(&self, id: &VmId, actor: &str) -> Result<Draft> {
+        let name = self.records.name_of(id).map_or_else(|| format!("vm-{id}").parse(), Ok)?;
+        Ok(Draft {
+            time: self.deps.clock.now(),
+            vm: id.clone(),
+            name,
+            incarnation: Incarnation(0),
+            kind: "vm.gone",
+            message: "quarantined, and given up by force".to_owned(),
+            actor: actor.to_owned(),
+        })
     }
 }

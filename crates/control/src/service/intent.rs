@@ -1,4 +1,4 @@
-//! Start, stop, delete: they change what is wanted, by compare-and-swap, and wake the runner.
+//! Start, stop, delete, time to live: they change what is wanted, by compare-and-swap, and wake the runner.
 
 use std::sync::Arc;
 
@@ -6,18 +6,28 @@ use clawpot_core::ports::Durability;
 use clawpot_core::request::{Answer, Request, answer};
 use clawpot_core::{Desired, VmRecord};
 use clawpot_failpoint::{self as failpoint, Point};
-use clawpot_types::{Error, Kind, Millis, Result, Revision, VmId};
+use clawpot_types::{Error, Kind, Millis, Result, Revision, Timestamp, VmId};
 
-use super::{Service, known, tell, to_its_end};
+use super::{Service, event, known, to_its_end};
 use crate::Deps;
 use crate::records::Records;
 
 /// Longest grace a stop may ask for.
 const MAX_GRACE: Millis = Millis(3_600_000);
 
+/// Longest time to live: a year. Whoever wants more wants `never`.
+pub const MAX_TTL: Millis = Millis(365 * 24 * 3_600_000);
+
+/// What a verb changes beside what is wanted.
+type Set<'a> = &'a (dyn Fn(&mut VmRecord, Timestamp) + Send + Sync);
+
 impl Service {
     pub async fn start(&self, vm: &str, actor: &str) -> Result<(Revision, Arc<VmRecord>)> {
-        self.change(vm, Request::Start, Desired::Running, |_| {}, actor).await
+        let set = |record: &mut VmRecord, now| {
+            record.restart = record.restart.afresh();
+            record.keep(record.ttl, now);
+        };
+        self.change(vm, Request::Start, Some(Desired::Running), set, actor).await
     }
 
     /// `grace`: for an orderly shutdown; 0 keeps the default.
@@ -25,43 +35,52 @@ impl Service {
         if grace > MAX_GRACE {
             return Err(Error::new(Kind::InvalidArgument, format!("grace_ms: {}: at most {}", grace.0, MAX_GRACE.0)));
         }
-        let set = move |record: &mut VmRecord| {
+        let set = move |record: &mut VmRecord, _| {
+            record.restart = record.restart.afresh();
             if grace.0 > 0 {
                 record.stop_grace = grace;
             }
         };
-        self.change(vm, Request::Stop, Desired::Stopped, set, actor).await
+        self.change(vm, Request::Stop, Some(Desired::Stopped), set, actor).await
+    }
+
+    /// Keep-alive: from now on the VM has `ttl`, also after its next start; `None`: for ever.
+    pub async fn keep(&self, vm: &str, ttl: Option<Millis>, actor: &str) -> Result<(Revision, Arc<VmRecord>)> {
+        check_ttl(ttl)?;
+        let set = move |record: &mut VmRecord, now| record.keep(ttl, now);
+        self.change(vm, Request::Keep, None, set, actor).await
     }
 
     pub async fn delete(&self, vm: &str, force: bool, actor: &str) -> Result<VmId> {
         let id = self.records.find(vm)?;
         if force && let Some(crate::Row::Unreadable { revision, .. }) = self.records.get(&id) {
-            let this = self.clone();
-            return to_its_end(async move { this.force(&id, revision).await.map(|()| id) }).await;
+            let (this, actor) = (self.clone(), actor.to_owned());
+            return to_its_end(async move { this.force(&id, revision, &actor).await.map(|()| id) }).await;
         }
-        self.change(id.as_str(), Request::Delete, Desired::Deleted, |_| {}, actor).await?;
+        self.change(id.as_str(), Request::Delete, Some(Desired::Deleted), |_, _| {}, actor).await?;
         Ok(id)
     }
 
+    /// `desired`: what is wanted from now on; `None` leaves it, and the generation, as it is.
     async fn change(
         &self,
         vm: &str,
         request: Request,
-        desired: Desired,
-        set: impl Fn(&mut VmRecord) + Send + Sync + 'static,
+        desired: Option<Desired>,
+        set: impl Fn(&mut VmRecord, Timestamp) + Send + Sync + 'static,
         actor: &str,
     ) -> Result<(Revision, Arc<VmRecord>)> {
         let id = self.records.find(vm)?;
         let (this, actor) = (self.clone(), actor.to_owned());
-        to_its_end(async move { this.change_until_written(&id, request, desired, set, &actor).await }).await
+        to_its_end(async move { this.change_until_written(&id, request, desired, &set, &actor).await }).await
     }
 
     async fn change_until_written(
         &self,
         id: &VmId,
         request: Request,
-        desired: Desired,
-        set: impl Fn(&mut VmRecord) + Send + Sync,
+        desired: Option<Desired>,
+        set: Set<'_>,
         actor: &str,
     ) -> Result<(Revision, Arc<VmRecord>)> {
         loop {
@@ -75,12 +94,26 @@ impl Service {
                 Answer::Accept | Answer::Await => {}
             }
             let mut asked = (*record).clone();
-            set(&mut asked);
-            if let Some(done) = set_desired(&self.deps, &self.records, (revision, asked), desired, actor).await? {
+            set(&mut asked, self.deps.clock.now());
+            let done = match desired {
+                Some(desired) => set_desired(&self.deps, &self.records, (revision, asked), desired, actor).await?,
+                None => set_life(&self.deps, &self.records, (revision, asked), actor).await?,
+            };
+            if let Some(done) = done {
                 self.lives.wake(id);
                 return Ok(done);
             }
         }
+    }
+}
+
+pub(super) fn check_ttl(ttl: Option<Millis>) -> Result<()> {
+    match ttl {
+        Some(ttl) if !(1..=MAX_TTL.0).contains(&ttl.0) => {
+            let what = format!("ttl_ms: {}: must be 1 to {} (a year)", ttl.0, MAX_TTL.0);
+            Err(Error::new(Kind::InvalidArgument, what).hint("leave it out for no limit"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -103,14 +136,36 @@ async fn set_desired(
     actor: &str,
 ) -> Result<Option<(Revision, Arc<VmRecord>)>> {
     record.desired = desired;
+    record.intent_by = actor.to_owned();
     record.generation = record.generation.next();
-    let Some(revision) = records.swap(revision, record.clone(), Durability::Full).await? else { return Ok(None) };
-    failpoint::reached(Point::Intended);
     let kind = match desired {
         Desired::Running => "vm.start",
         Desired::Stopped => "vm.stop",
         Desired::Deleted => "vm.delete",
     };
-    tell(deps, revision, &record, kind, actor).await;
+    let told = event(deps, &record, kind, format!("generation {}", record.generation), actor);
+    let Some(revision) = records.swap(revision, record.clone(), vec![told], Durability::Full).await? else {
+        return Ok(None);
+    };
+    failpoint::reached(Point::Intended);
+    Ok(Some((revision, Arc::new(record))))
+}
+
+/// Writes down how long the VM lives. No change of intent: a VM that failed is not asked for again.
+async fn set_life(
+    deps: &Deps,
+    records: &Records,
+    (revision, record): (Revision, VmRecord),
+    actor: &str,
+) -> Result<Option<(Revision, Arc<VmRecord>)>> {
+    let message = match record.ttl {
+        Some(ttl) => format!("time to live: {} s from now", std::time::Duration::from(ttl).as_secs_f64()),
+        None => "time to live: for ever".to_owned(),
+    };
+    let told = event(deps, &record, "vm.ttl", message, actor);
+    let Some(revision) = records.swap(revision, record.clone(), vec![told], Durability::Full).await? else {
+        return Ok(None);
+    };
+    failpoint::reached(Point::Intended);
     Ok(Some((revision, Arc::new(record))))
 }

@@ -1,6 +1,6 @@
 //! The use cases, one file per verb. Each checks first, then writes intent in one transaction, then wakes the runner.
 //!
-//! - [`create`] · [`drain`] · [`read`] get, list, watch · [`intent`] start, stop, delete · [`exec`] · [`console`] · [`force`] the way
+//! - [`create`] · [`drain`] · [`read`] get, list, watch · [`intent`] start, stop, delete, time to live · [`exec`] · [`console`] · [`force`] the way
 //!   out of quarantine
 
 pub mod console;
@@ -15,7 +15,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use clawpot_core::VmRecord;
-use clawpot_core::event::Event;
+use clawpot_core::event::Draft;
 use clawpot_core::slot::next_free;
 use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId};
 use tokio::sync::watch;
@@ -154,20 +154,16 @@ pub(crate) async fn to_its_end<T: Send + 'static>(work: impl Future<Output = Res
     task.await.map_err(|error| Error::new(Kind::Internal, "the server's own task ended by panic").because(error))?
 }
 
-/// An event of what somebody asked for. Losing it loses no intent: that is in the record already.
-pub(crate) async fn tell(deps: &Deps, id: Revision, record: &VmRecord, kind: &str, actor: &str) {
-    let event = Event {
-        id,
+/// An event of `record` as it is written with it.
+pub(crate) fn event(deps: &Deps, record: &VmRecord, kind: &'static str, message: String, actor: &str) -> Draft {
+    Draft {
         time: deps.clock.now(),
         vm: record.id.clone(),
         name: record.name.clone(),
         incarnation: record.incarnation,
-        kind: kind.to_owned(),
-        message: format!("generation {}", record.generation),
+        kind,
+        message,
         actor: actor.to_owned(),
-    };
-    if let Err(error) = deps.events.append(vec![event]).await {
-        warn!(vm = %record.id, error = error.chain(), "writing an event");
     }
 }
 

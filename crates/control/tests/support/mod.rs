@@ -10,7 +10,7 @@ use clawpot_control::service::create::CreateVm;
 use clawpot_control::{Deps, Row, Service, Settings, Vmms, start};
 use clawpot_core::exec::{ExecEnd, ExecInput, ExecOutput, ExecStart};
 use clawpot_core::ports::Vmm;
-use clawpot_core::{Phase, VmRecord, VmmKind};
+use clawpot_core::{Phase, RestartPolicy, VmRecord, VmmKind};
 use clawpot_testkit::{
     FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeStore, FakeVmm, Faults, samples,
 };
@@ -181,6 +181,8 @@ pub fn wanted(name: &str) -> CreateVm {
         labels: BTreeMap::new(),
         spec: samples::spec(),
         remove_when_done: false,
+        ttl: None,
+        restart: RestartPolicy::Never,
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use clawpot_types::{Kind, Retry, Timestamp};
 
-use crate::{Desired, Fact, Facts, Phase, VmRecord, VmmFact};
+use crate::{Desired, Fact, Facts, LastWords, Phase, VmRecord, VmmEnd, VmmFact};
 
 /// An effect. Each is idempotent and is named from the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -69,11 +69,14 @@ pub enum Next {
         phase: Phase,
         limit: Option<Duration>,
     },
-    Fail {
+    /// Its machine ended and should not have: [`VmRecord::ended`] says what follows.
+    End {
         why: Why,
     },
     /// A `remove_when_done` VM has served: its intent becomes Deleted.
     Remove,
+    /// Its time to live is over: [`VmRecord::expired`] says what is wanted then.
+    Expire,
     /// Nothing of the VM exists any more: erase the record and what guards its slot and name.
     Forget,
     /// Until woken, or until then.
@@ -85,8 +88,12 @@ pub enum Next {
 /// Why a plan gives up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Why {
+    /// The guest powered itself off, or restarted: to a VMM that is the same.
+    PoweredOff,
+    /// The guest's kernel gave up, in its own words.
+    GuestPanicked(String),
     /// The VMM's process ended by itself.
-    VmmExited(String),
+    VmmExited(VmmEnd),
     /// The jail that the record speaks of is not there.
     VmmVanished,
     HostRebooted,
@@ -107,6 +114,12 @@ pub struct Limits {
     pub retry: Duration,
     /// How long a `remove_when_done` VM stays when no client is attached.
     pub abandoned: Duration,
+    /// Before the first start by policy; doubled for each further one.
+    pub restart_first: Duration,
+    /// The longest pause before a start by policy.
+    pub restart_most: Duration,
+    /// A VM that ran for so long is well: the next pause is a first one again.
+    pub healthy: Duration,
 }
 
 impl Default for Limits {
@@ -116,6 +129,9 @@ impl Default for Limits {
             hello_interval: Duration::from_millis(20),
             retry: Duration::from_secs(1),
             abandoned: Duration::from_secs(60),
+            restart_first: Duration::from_secs(1),
+            restart_most: Duration::from_secs(300),
+            healthy: Duration::from_secs(600),
         }
     }
 }
@@ -131,11 +147,17 @@ pub fn plan(record: &VmRecord, facts: &Facts, now: Timestamp, limits: &Limits) -
         && !record.boot_id.is_empty()
         && record.boot_id != facts.boot_id;
     let view = View { record, facts, now, limits, rebooted };
-    match record.desired {
+    let expires = record.expires_at.filter(|_| record.desired == Desired::Running);
+    let next = match record.desired {
+        _ if expires.is_some_and(|at| now >= at) => return Next::Expire,
         Desired::Deleted => deleted::plan(&view),
         // A stop once begun is finished; then the start begins afresh.
         Desired::Running if record.phase != Phase::Stopping => running::plan(&view),
         Desired::Running | Desired::Stopped => stopped::plan(&view),
+    };
+    match (next, expires) {
+        (Next::Wait { until }, Some(at)) => Next::Wait { until: Some(until.map_or(at, |until| until.min(at))) },
+        (next, _) => next,
     }
 }
 
@@ -181,6 +203,17 @@ impl View<'_> {
 
     fn look_again(&self) -> Next {
         Next::Wait { until: Some(self.now.after(self.limits.retry)) }
+    }
+
+    /// Why a machine ended whose guest had answered, or had not.
+    fn exited(&self, how: &VmmEnd, answered: bool) -> Next {
+        let why = match (&self.facts.last_words, how) {
+            // Both VMMs end with 0 when the guest resets its machine, which a kernel that gives up does too.
+            (LastWords::Panic(words), VmmEnd::Code(0) | VmmEnd::Unseen(_)) => Why::GuestPanicked(words.clone()),
+            (_, VmmEnd::Code(0)) | (LastWords::Down, VmmEnd::Unseen(_)) if answered => Why::PoweredOff,
+            _ => Why::VmmExited(how.clone()),
+        };
+        Next::End { why }
     }
 
     fn overdue(&self) -> bool {

@@ -6,7 +6,7 @@ use crate::{Fact, Phase, VmmFact};
 
 pub(super) fn plan(view: &View<'_>) -> Next {
     match view.record.phase {
-        Phase::Accepted | Phase::Stopped => view.tear_down().unwrap_or_else(|| view.become_phase(Phase::Preparing)),
+        Phase::Accepted | Phase::Stopped => view.tear_down().unwrap_or_else(|| begin(view)),
         Phase::Failed => failed(view),
         Phase::Preparing => preparing(view),
         Phase::Booting | Phase::Restoring => booting(view),
@@ -18,7 +18,15 @@ pub(super) fn plan(view: &View<'_>) -> Next {
     }
 }
 
-/// A failed VM is cleaned up and rests, until its owner asks again.
+/// At once, or when the pause before a start by policy is over.
+fn begin(view: &View<'_>) -> Next {
+    match view.record.restart.at {
+        Some(at) if view.now < at => Next::Wait { until: Some(at) },
+        _ => view.become_phase(Phase::Preparing),
+    }
+}
+
+/// A failed VM is cleaned up and rests, until its owner asks again or its policy does.
 fn failed(view: &View<'_>) -> Next {
     if let Some(next) = view.tear_down() {
         return next;
@@ -27,11 +35,17 @@ fn failed(view: &View<'_>) -> Next {
     if asked_again {
         return view.become_phase(Phase::Preparing);
     }
+    if view.record.restart.at.is_some() {
+        return begin(view);
+    }
     served(view)
 }
 
 fn preparing(view: &View<'_>) -> Next {
     let facts = view.facts;
+    if view.rebooted {
+        return Next::End { why: Why::HostRebooted };
+    }
     // Steps in the order in which each needs the one before.
     for (fact, step) in
         [(&facts.image, Step::EnsureImage), (&facts.disk, Step::CreateDisk), (&facts.net, Step::EnsureNet)]
@@ -39,7 +53,7 @@ fn preparing(view: &View<'_>) -> Next {
         match fact {
             Fact::Present(()) => {}
             Fact::Absent if step == Step::CreateDisk && view.record.disk_made => {
-                return Next::Fail { why: Why::DiskVanished };
+                return Next::End { why: Why::DiskVanished };
             }
             Fact::Absent => return Next::Do(step),
             Fact::Unknown(_) => return view.look_again(),
@@ -57,7 +71,7 @@ fn preparing(view: &View<'_>) -> Next {
 
 fn booting(view: &View<'_>) -> Next {
     match &view.facts.vmm {
-        _ if view.rebooted => Next::Fail { why: Why::HostRebooted },
+        _ if view.rebooted => Next::End { why: Why::HostRebooted },
         Fact::Present(VmmFact::Prepared) if view.overdue() => give_up(view),
         Fact::Present(VmmFact::Prepared) => Next::Do(Step::StartVmm),
         Fact::Present(VmmFact::Running { attached: false }) => Next::Do(Step::AttachVmm),
@@ -68,19 +82,19 @@ fn booting(view: &View<'_>) -> Next {
             _ if view.overdue() => give_up(view),
             _ => Next::Do(Step::SayHello),
         },
-        Fact::Present(VmmFact::Exited { how }) => Next::Fail { why: Why::VmmExited(how.clone()) },
-        Fact::Absent => Next::Fail { why: Why::VmmVanished },
+        Fact::Present(VmmFact::Exited { how }) => view.exited(how, false),
+        Fact::Absent => Next::End { why: Why::VmmVanished },
         Fact::Unknown(_) => view.look_again(),
     }
 }
 
 fn give_up(view: &View<'_>) -> Next {
-    Next::Fail { why: Why::GuestSilent(view.limits.boot) }
+    Next::End { why: Why::GuestSilent(view.limits.boot) }
 }
 
 fn running(view: &View<'_>) -> Next {
     match &view.facts.vmm {
-        _ if view.rebooted => Next::Fail { why: Why::HostRebooted },
+        _ if view.rebooted => Next::End { why: Why::HostRebooted },
         Fact::Present(VmmFact::Running { attached: false }) => Next::Do(Step::AttachVmm),
         Fact::Present(VmmFact::Running { attached: true }) => {
             let rest = served(view);
@@ -90,8 +104,8 @@ fn running(view: &View<'_>) -> Next {
                 _ => rest,
             }
         }
-        Fact::Present(VmmFact::Exited { how }) => Next::Fail { why: Why::VmmExited(how.clone()) },
-        Fact::Present(VmmFact::Prepared) | Fact::Absent => Next::Fail { why: Why::VmmVanished },
+        Fact::Present(VmmFact::Exited { how }) => view.exited(how, true),
+        Fact::Present(VmmFact::Prepared) | Fact::Absent => Next::End { why: Why::VmmVanished },
         Fact::Unknown(_) => view.look_again(),
     }
 }

@@ -2,12 +2,12 @@ use async_trait::async_trait;
 use clawpot_types::{Error, Result, Revision, VmId};
 
 use super::BoxStream;
-use crate::event::Event;
+use crate::event::{Draft, Event};
 
 /// A revisioned key-value store with guarded transactions and watch. SQLite here, etcd later; one conformance suite.
 ///
 /// Keys are `/`-separated ASCII: `vms/<id>`, `slots/<n>`, `names/<name>`, `requests/<id>`. Values are JSON.
-/// Every committed transaction with an operation has one revision, one more than the last.
+/// Every committed transaction with an operation or an event has one revision, one more than the last.
 #[async_trait]
 pub trait StateStore: Send + Sync {
     /// `Corrupt` when the row is there and cannot be read.
@@ -16,8 +16,9 @@ pub trait StateStore: Send + Sync {
     /// All keys under `prefix` in order: the readable *and* the unreadable, as of one revision.
     async fn list(&self, prefix: &str) -> Result<Listing>;
 
-    /// All guards hold → all operations at one revision; else nothing and which guard failed.
-    /// `Exhausted` on a full disk: nothing was changed.
+    /// All guards hold → all operations and events at one revision; else nothing and which guard failed.
+    /// `Exhausted` on a full disk: nothing was changed. Where only what is there can be changed, events take the place of the
+    /// oldest.
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome>;
 
     /// Every change under `prefix` after `from`, in order. Ends with `Compacted` where those are no longer kept or the
@@ -56,6 +57,8 @@ pub struct Unreadable {
 pub struct Txn {
     pub guards: Vec<Guard>,
     pub ops: Vec<Op>,
+    /// Committed with the operations or not at all, and never without.
+    pub events: Vec<Draft>,
     pub durability: Durability,
 }
 
@@ -110,12 +113,9 @@ pub struct Change {
     pub revision: Revision,
 }
 
-/// Events: local, bounded by count and age, never in a cluster's store.
+/// Events, as [`StateStore::txn`] wrote them: local, bounded by count and age, never in a cluster's store.
 #[async_trait]
 pub trait EventLog: Send + Sync {
-    /// Idempotent by (id, vm, kind).
-    async fn append(&self, events: Vec<Event>) -> Result<()>;
-
     /// Up to `limit` events after `after`, oldest first, of one VM or of all.
     async fn list(&self, vm: Option<&VmId>, after: Revision, limit: usize) -> Result<Vec<Event>>;
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use clawpot_core::record::RECORD_VERSION;
-use clawpot_core::{Desired, ImagePin, Phase, VmRecord, VmSpec};
+use clawpot_core::{Desired, ImagePin, Phase, Restart, RestartPolicy, VmRecord, VmSpec};
 use clawpot_types::{Digest, Generation, ImageRef, Incarnation, MiB, Millis, Slot, Timestamp, Vcpus, VmId};
 
 pub const START: Timestamp = Timestamp(1_800_000_000_000_000);
@@ -42,5 +42,10 @@ pub fn record() -> VmRecord {
         failure: None,
         remove_when_done: false,
         stop_grace: Millis(5_000),
+        intent_by: "uid=1000".to_owned(),
+        exit: None,
+        restart: Restart::new(RestartPolicy::Never),
+        ttl: None,
+        expires_at: None,
     }
 }

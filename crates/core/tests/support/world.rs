@@ -5,11 +5,14 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use clawpot_core::exit::Cause;
 use clawpot_core::facts::Clients;
-use clawpot_core::plan::{AfterError, Limits, Why, after_error};
+use clawpot_core::plan::{AfterError, Limits, after_error};
 use clawpot_core::request::{Answer, Request, answer};
-use clawpot_core::{Desired, Fact, Facts, Failure, GuestFact, Next, Phase, Step, VmRecord, VmmFact, plan};
-use clawpot_types::{Incarnation, Kind, Retry, Timestamp};
+use clawpot_core::{
+    Desired, Fact, Facts, Failure, GuestFact, LastWords, Next, Phase, Reason, Step, VmRecord, VmmEnd, VmmFact, plan,
+};
+use clawpot_types::{Error, Incarnation, Kind, Retry, Timestamp};
 
 /// The process in a machine's jail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +36,8 @@ pub enum Look {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     VmmDies,
+    GuestPowersOff,
+    GuestPanics,
     HostReboots,
     /// The daemon is killed and started: what only its memory knew is gone.
     DaemonRestarts,
@@ -80,6 +85,9 @@ pub struct World {
     pub guest: GuestFact,
     guest_answers: bool,
     guest_obeys: bool,
+    /// How the last process ended, and what its guest's kernel said.
+    end: VmmEnd,
+    last_words: LastWords,
     /// When a guest that obeys will be gone.
     ends_at: Option<Timestamp>,
     pub clients: Clients,
@@ -113,6 +121,8 @@ impl World {
             guest: GuestFact::NotAsked,
             guest_answers: true,
             guest_obeys: true,
+            end: VmmEnd::Signal(9),
+            last_words: LastWords::Nothing,
             ends_at: None,
             clients: Clients::Attached,
             blind: Vec::new(),
@@ -148,7 +158,7 @@ impl World {
             None => Fact::Absent,
             Some(Process::NotStarted) => Fact::Present(VmmFact::Prepared),
             Some(Process::Lives) => Fact::Present(VmmFact::Running { attached: self.attached == Some(current) }),
-            Some(Process::Exited) => Fact::Present(VmmFact::Exited { how: "killed by signal 9".to_owned() }),
+            Some(Process::Exited) => Fact::Present(VmmFact::Exited { how: self.end.clone() }),
         };
         Facts {
             image: seen(Look::Image, self.image),
@@ -158,6 +168,7 @@ impl World {
             guest: if self.attached == Some(current) { self.guest } else { GuestFact::NotAsked },
             traces: seen(Look::Traces, self.traces),
             clients: self.clients,
+            last_words: self.last_words.clone(),
             boot_id: self.boot_text(),
         }
     }
@@ -172,23 +183,34 @@ impl World {
         let Some(record) = &mut self.record else { return };
         self.unanswered = 0;
         match event {
-            Event::VmmDies => self.end_processes(),
+            Event::VmmDies => self.end_processes(VmmEnd::Signal(9), LastWords::Nothing),
+            Event::GuestPowersOff => self.end_processes(VmmEnd::Code(0), LastWords::Down),
+            Event::GuestPanics => self.end_processes(VmmEnd::Code(0), LastWords::Panic("panic".to_owned())),
             Event::HostReboots => {
                 self.boot_id += 1;
                 self.net = false;
                 self.image = false;
-                self.end_processes();
+                self.end_processes(VmmEnd::Unseen("the host was rebooted".to_owned()), LastWords::Nothing);
                 self.restart_daemon();
             }
             Event::DaemonRestarts => self.restart_daemon(),
             Event::Asked(request) => {
                 if answer(request, record.phase, record.desired) == Answer::Accept {
                     match request {
-                        Request::Start => record.desired = Desired::Running,
-                        Request::Stop => record.desired = Desired::Stopped,
+                        Request::Start => {
+                            record.desired = Desired::Running;
+                            record.restart = record.restart.afresh();
+                            record.keep(record.ttl, self.now);
+                        }
+                        Request::Stop => {
+                            record.desired = Desired::Stopped;
+                            record.restart = record.restart.afresh();
+                        }
                         Request::Delete => record.desired = Desired::Deleted,
                         Request::Exec => return,
+                        Request::Keep => return record.keep(record.ttl, self.now),
                     }
+                    record.intent_by = "uid=0".to_owned();
                     record.generation = record.generation.next();
                 }
             }
@@ -206,9 +228,11 @@ impl World {
         }
     }
 
-    fn end_processes(&mut self) {
+    fn end_processes(&mut self, end: VmmEnd, last_words: LastWords) {
         for process in self.machines.values_mut().filter(|process| **process == Process::Lives) {
             *process = Process::Exited;
+            self.end = end.clone();
+            self.last_words = last_words.clone();
         }
         self.ends_at = None;
     }
@@ -224,7 +248,7 @@ impl World {
     fn pass(&mut self, time: Duration) {
         self.now = self.now.after(time);
         if self.ends_at.is_some_and(|at| self.now >= at) {
-            self.end_processes();
+            self.end_processes(VmmEnd::Code(0), LastWords::Down);
         }
     }
 
@@ -239,7 +263,8 @@ impl World {
         match next {
             Next::Do(step) => self.carry_out(step),
             Next::Become { phase, limit } => self.become_phase(phase, limit),
-            Next::Fail { why } => self.fail(&why),
+            Next::End { why } => self.end(&Cause::of(&why)),
+            Next::Expire => self.record = Some(self.record().expired(self.now)),
             Next::Remove => self.happen(Event::Asked(Request::Delete)),
             Next::Forget => {
                 assert!(!blind, "forgotten although something could not be seen: {facts:?}");
@@ -295,7 +320,12 @@ impl World {
                 record.incarnation = record.incarnation.next();
                 record.boot_id = boot_text;
                 record.failure = None;
+                record.restart.at = None;
+                // What is started again and again is not silent each time, or it would never come to rest.
+                self.guest_answers |= record.restart.attempts > 0;
             }
+            Phase::Stopping => drop(record.note_wish(Reason::Stopped, now)),
+            Phase::Deleting => drop(record.note_wish(Reason::Deleted, now)),
             Phase::Booting => {
                 record.disk_made = true;
                 self.owned = self.disk;
@@ -307,22 +337,22 @@ impl World {
         record.deadline = limit.map(|limit| now.after(limit));
     }
 
-    fn fail(&mut self, why: &Why) {
-        let now = self.now;
-        let record = self.record.as_mut().expect("the VM is gone");
-        assert!(record.phase.may_become(Phase::Failed), "{} ─► failed is no edge", record.phase);
-        record.failure = Some(Failure {
-            during: record.phase,
-            generation: record.generation,
-            kind: Kind::Internal,
-            message: format!("{why:?}"),
-            hint: None,
-            cleanup: None,
-            console_tail: Vec::new(),
-        });
-        record.phase = Phase::Failed;
-        record.phase_since = now;
-        record.deadline = None;
+    fn end(&mut self, cause: &Cause) {
+        let before = self.record();
+        let mut next = before.ended(cause, self.now, &self.limits);
+        assert!(before.phase.may_become(next.phase), "{} ─► {} is no edge", before.phase, next.phase);
+        if next.phase == Phase::Failed {
+            next.failure = Some(Failure {
+                during: before.phase,
+                generation: before.generation,
+                kind: Kind::Internal,
+                message: cause.message.clone(),
+                hint: None,
+                cleanup: None,
+                console_tail: Vec::new(),
+            });
+        }
+        self.record = Some(next);
     }
 
     fn carry_out(&mut self, step: Step) {
@@ -343,7 +373,7 @@ impl World {
                 self.pass(Duration::from_secs(5));
             }
             AfterError::TryAgain => self.pass(self.limits.retry),
-            AfterError::Fail => self.fail(&Why::VmmExited(format!("{step:?}: {kind:?}"))),
+            AfterError::Fail => self.end(&Cause::step(&Error::new(kind, format!("{step:?}")))),
         }
     }
 
@@ -403,7 +433,7 @@ impl World {
                 self.guest = GuestFact::ShuttingDown;
                 self.ends_at = self.guest_obeys.then(|| self.now.after(SHUTDOWN));
             }
-            Step::KillVmm => self.end_processes(),
+            Step::KillVmm => self.end_processes(VmmEnd::Signal(9), LastWords::Nothing),
             Step::DestroyVmm => {
                 assert_ne!(process, Some(Process::Lives), "destroyed while it lives");
                 self.machines.remove(&incarnation);

@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use clawpot_core::event::Event;
+use clawpot_core::event::{Draft, Event};
 use clawpot_core::ports::{Durability, Expect, Guard, Op, StateStore, Txn, TxnOutcome};
 use clawpot_store::{Options, SqliteStore, StateLock};
 use clawpot_types::{Incarnation, Revision, Timestamp, VmId};
@@ -55,6 +55,19 @@ impl State {
         self.open();
     }
 
+    /// Each in a transaction of its own; as they are read back.
+    pub async fn tell(&self, drafts: &[Draft]) -> Vec<Event> {
+        let mut events = Vec::new();
+        for draft in drafts {
+            let told = Txn { events: vec![draft.clone()], ..Txn::default() };
+            match self.store().txn(told).await.unwrap() {
+                TxnOutcome::Committed(id) => events.push(draft.committed(id)),
+                conflict @ TxnOutcome::Conflict { .. } => panic!("{conflict:?}"),
+            }
+        }
+        events
+    }
+
     pub async fn commit(&self, ops: Vec<Op>) -> Revision {
         match self.store().txn(txn(vec![], ops)).await.unwrap() {
             TxnOutcome::Committed(revision) => revision,
@@ -80,17 +93,17 @@ pub fn at(key: &str, revision: Revision) -> Guard {
 }
 
 pub fn txn(guards: Vec<Guard>, ops: Vec<Op>) -> Txn {
-    Txn { guards, ops, durability: Durability::Normal }
+    Txn { guards, ops, events: Vec::new(), durability: Durability::Normal }
 }
 
-pub fn event(id: u64) -> Event {
-    Event {
-        id: Revision(id),
-        time: Timestamp(1_800_000_000_000_000 + id),
-        vm: VmId::from_random([1; VmId::LEN]),
+/// Of the VM with the number `n`.
+pub fn draft(n: u8) -> Draft {
+    Draft {
+        time: Timestamp(1_800_000_000_000_000 + u64::from(n)),
+        vm: VmId::from_random([n; VmId::LEN]),
         name: "web".parse().unwrap(),
         incarnation: Incarnation(1),
-        kind: "vm.phase".to_owned(),
+        kind: "vm.phase",
         message: "running".to_owned(),
         actor: "server".to_owned(),
     }

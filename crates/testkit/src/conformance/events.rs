@@ -1,12 +1,14 @@
-//! What `EventLog` promises.
+//! What `EventLog` promises, and `StateStore` of the events in a transaction.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
-use clawpot_core::event::Event;
-use clawpot_types::{Error, Incarnation, Kind, Revision, VmId};
+use clawpot_core::event::{Draft, Event};
+use clawpot_core::ports::{Durability, Guard, Op, Txn, TxnOutcome};
+use clawpot_types::{Error, Incarnation, Kind, Result, Revision, VmId};
 
-use super::{Subject, next, quiet, take};
+use super::{Subject, absent, next, put, quiet, take};
 
 /// Makes a new, empty log each time.
 type Make = fn() -> Subject;
@@ -15,46 +17,109 @@ fn vm(n: u8) -> VmId {
     VmId::from_random([n; VmId::LEN])
 }
 
-fn event(id: u64, n: u8, kind: &str) -> Event {
-    Event {
-        id: Revision(id),
-        time: crate::time::START.after(Duration::from_secs(id)),
+/// What happens `second` seconds after the start.
+fn draft(second: u64, n: u8, kind: &'static str) -> Draft {
+    Draft {
+        time: crate::time::START.after(Duration::from_secs(second)),
         vm: vm(n),
         name: "web".parse().unwrap(),
         incarnation: Incarnation(1),
-        kind: kind.to_owned(),
-        message: format!("what happened at {id}"),
+        kind,
+        message: format!("what happened at {second}"),
         actor: "uid=1000".to_owned(),
     }
 }
 
-pub async fn events_come_back_in_order(make: Make) {
-    let subject = make();
-    let all = vec![event(1, 1, "vm.create"), event(2, 1, "vm.phase"), event(5, 2, "vm.create")];
-    subject.events.append(all[..2].to_vec()).await.unwrap();
-    subject.events.append(all[2..].to_vec()).await.unwrap();
-    subject.events.append(vec![]).await.unwrap();
-    assert_eq!(subject.events.list(None, Revision(0), 100).await.unwrap(), all);
-    assert_eq!(subject.events.list(None, Revision(2), 100).await.unwrap(), all[2..]);
-    assert!(subject.events.list(None, Revision(5), 100).await.unwrap().is_empty());
+async fn txn(subject: &Subject, guards: Vec<Guard>, ops: Vec<Op>, events: Vec<Draft>) -> Result<TxnOutcome> {
+    subject.store.txn(Txn { guards, ops, events, durability: Durability::Normal }).await
 }
 
-pub async fn appending_again_changes_nothing(make: Make) {
+/// Commits `drafts` at one revision and returns the events that they become.
+async fn told(subject: &Subject, drafts: Vec<Draft>) -> Vec<Event> {
+    let TxnOutcome::Committed(id) = txn(subject, vec![], vec![], drafts.clone()).await.unwrap() else {
+        panic!("nothing guards it")
+    };
+    drafts.iter().map(|draft| draft.committed(id)).collect()
+}
+
+/// `count` events, each in a transaction of its own.
+async fn many(subject: &Subject, count: u64) -> Vec<Event> {
+    let mut all = Vec::new();
+    for second in 1..=count {
+        all.extend(told(subject, vec![draft(second, 1, "vm.phase")]).await);
+    }
+    all
+}
+
+async fn all(subject: &Subject) -> Vec<Event> {
+    subject.events.list(None, Revision(0), usize::MAX - 1).await.unwrap()
+}
+
+pub async fn events_come_back_in_order(make: Make) {
     let subject = make();
-    let first = event(1, 1, "vm.create");
-    let mut retold = first.clone();
-    retold.message = "told differently".to_owned();
-    let others = [event(1, 1, "vm.phase"), event(1, 2, "vm.create")];
-    subject.events.append(vec![first.clone()]).await.unwrap();
-    subject.events.append(vec![retold, others[0].clone(), others[1].clone()]).await.unwrap();
-    let listed = subject.events.list(None, Revision(0), 100).await.unwrap();
-    assert_eq!(listed, [first, others[0].clone(), others[1].clone()]);
+    let mut written = told(&subject, vec![draft(1, 1, "vm.create")]).await;
+    written.extend(told(&subject, vec![draft(2, 1, "vm.phase"), draft(2, 2, "vm.create")]).await);
+    assert_eq!(
+        written.iter().map(|event| event.id.0).collect::<Vec<_>>(),
+        [1, 2, 2],
+        "an event has its transaction's id"
+    );
+    assert_eq!(all(&subject).await, written);
+    assert_eq!(subject.events.list(None, Revision(1), 100).await.unwrap(), written[1..]);
+    assert!(subject.events.list(None, Revision(2), 100).await.unwrap().is_empty());
+}
+
+pub async fn an_event_is_part_of_its_transaction(make: Make) {
+    let subject = make();
+    let done = txn(&subject, vec![absent("a")], vec![put("a", "1")], vec![draft(1, 1, "vm.create")]).await.unwrap();
+    assert_eq!(done, TxnOutcome::Committed(Revision(1)));
+    // Neither happens.
+    let late = txn(&subject, vec![absent("a")], vec![put("b", "1")], vec![draft(2, 2, "vm.create")]).await.unwrap();
+    assert!(matches!(late, TxnOutcome::Conflict { .. }), "{late:?}");
+    let refused = txn(&subject, vec![], vec![put("b", "not JSON")], vec![draft(3, 3, "vm.create")]).await;
+    assert_eq!(refused.unwrap_err().kind(), Kind::InvalidArgument);
+    let ids: Vec<_> = all(&subject).await.into_iter().map(|event| (event.id, event.vm)).collect();
+    assert_eq!(ids, [(Revision(1), vm(1))]);
+    assert_eq!(subject.store.get("a").await.unwrap().unwrap().revision, Revision(1));
+}
+
+pub async fn one_event_of_a_kind(make: Make) {
+    let subject = make();
+    let twice = vec![draft(1, 1, "vm.phase"), draft(2, 1, "vm.phase")];
+    assert_eq!(txn(&subject, vec![], vec![], twice).await.unwrap_err().kind(), Kind::InvalidArgument);
+    assert!(all(&subject).await.is_empty());
+    told(&subject, vec![draft(1, 1, "vm.phase"), draft(1, 2, "vm.phase"), draft(1, 1, "vm.exit")]).await;
+    assert_eq!(all(&subject).await.len(), 3);
+}
+
+/// A watcher that has seen an id has seen all below it.
+pub async fn ids_are_in_order_whoever_writes(make: Make) {
+    let subject = Arc::new(make());
+    let mut seen = subject.events.watch(None, Revision(0)).await.unwrap();
+    // Fewer than are kept, and than a watcher may be behind.
+    let writers = u8::try_from(subject.events_kept / 10).unwrap().clamp(2, 8);
+    let tasks = (1..=writers).map(|n| {
+        let subject = Arc::clone(&subject);
+        tokio::spawn(async move {
+            for second in 0..5 {
+                told(&subject, vec![draft(second, n, "vm.phase")]).await;
+            }
+        })
+    });
+    let tasks: Vec<_> = tasks.collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let count = usize::from(writers) * 5;
+    let ids: Vec<u64> = take(&mut seen, count).await.iter().map(|event| event.id.0).collect();
+    assert_eq!(ids, (1..=u64::try_from(count).unwrap()).collect::<Vec<_>>());
 }
 
 pub async fn events_are_found_by_vm(make: Make) {
     let subject = make();
-    let all: Vec<Event> = (1..=6).map(|id| event(id, if id % 2 == 0 { 2 } else { 1 }, "vm.phase")).collect();
-    subject.events.append(all).await.unwrap();
+    for second in 1..=6 {
+        told(&subject, vec![draft(second, if second % 2 == 0 { 2 } else { 1 }, "vm.phase")]).await;
+    }
     let ids = |events: Vec<Event>| events.iter().map(|event| event.id.0).collect::<Vec<_>>();
     assert_eq!(ids(subject.events.list(Some(&vm(2)), Revision(0), 100).await.unwrap()), [2, 4, 6]);
     assert_eq!(ids(subject.events.list(Some(&vm(1)), Revision(3), 100).await.unwrap()), [5]);
@@ -66,9 +131,8 @@ pub async fn pages_lose_nothing(make: Make) {
     let subject = make();
     let mut all = Vec::new();
     for id in 1..=6 {
-        all.extend((0..id).map(|n| event(id, u8::try_from(n).unwrap(), "vm.phase")));
+        all.extend(told(&subject, (0..id).map(|n| draft(1, n, "vm.phase")).collect()).await);
     }
-    subject.events.append(all.clone()).await.unwrap();
     for limit in 1..=all.len() + 1 {
         let (mut seen, mut after) = (Vec::new(), Revision(0));
         loop {
@@ -86,11 +150,8 @@ pub async fn pages_lose_nothing(make: Make) {
 pub async fn old_events_go_by_count(make: Make) {
     let subject = make();
     let kept = u64::try_from(subject.events_kept).unwrap();
-    for id in 1..=kept * 3 {
-        subject.events.append(vec![event(id, 1, "vm.phase")]).await.unwrap();
-    }
-    let listed = subject.events.list(None, Revision(0), usize::MAX - 1).await.unwrap();
-    let ids: BTreeSet<u64> = listed.iter().map(|event| event.id.0).collect();
+    many(&subject, kept * 3).await;
+    let ids: BTreeSet<u64> = all(&subject).await.iter().map(|event| event.id.0).collect();
     assert!(ids.len() >= subject.events_kept, "only {} are left", ids.len());
     assert!(ids.len() <= subject.events_kept * 3 / 2, "{} are kept", ids.len());
     assert!((kept * 2 + 1..=kept * 3).all(|id| ids.contains(&id)), "the newest stay");
@@ -98,37 +159,31 @@ pub async fn old_events_go_by_count(make: Make) {
 
 pub async fn old_events_go_by_age(make: Make) {
     let subject = make();
-    let old = event(1, 1, "vm.create");
-    let mut new = event(2, 1, "vm.phase");
-    subject.events.append(vec![old.clone()]).await.unwrap();
-    new.time = old.time.after(subject.events_age + Duration::from_secs(1));
-    subject.events.append(vec![new.clone()]).await.unwrap();
-    assert_eq!(subject.events.list(None, Revision(0), 100).await.unwrap(), [new]);
+    told(&subject, vec![draft(1, 1, "vm.create")]).await;
+    let mut new = draft(2, 1, "vm.phase");
+    new.time = new.time.after(subject.events_age + Duration::from_secs(1));
+    let new = told(&subject, vec![new]).await;
+    assert_eq!(all(&subject).await, new);
 }
 
 pub async fn an_event_watcher_sees_was_and_comes(make: Make) {
     let subject = make();
-    let all: Vec<Event> = (1..=4).map(|id| event(id, 1, "vm.phase")).collect();
-    subject.events.append(all[..3].to_vec()).await.unwrap();
+    let mut all = many(&subject, 3).await;
     let mut everything = subject.events.watch(None, Revision(1)).await.unwrap();
     let mut of_another = subject.events.watch(Some(&vm(2)), Revision(0)).await.unwrap();
     assert_eq!(take(&mut everything, 2).await, all[1..3]);
-    subject.events.append(vec![all[2].clone(), all[3].clone()]).await.unwrap();
+    all.extend(told(&subject, vec![draft(4, 1, "vm.phase")]).await);
     assert_eq!(next(&mut everything).await.unwrap(), all[3], "and nothing twice");
     quiet(&mut everything).await;
     quiet(&mut of_another).await;
-    let other = event(5, 2, "vm.create");
-    subject.events.append(vec![other.clone()]).await.unwrap();
-    assert_eq!(next(&mut of_another).await.unwrap(), other);
+    let other = told(&subject, vec![draft(5, 2, "vm.create")]).await;
+    assert_eq!(next(&mut of_another).await.unwrap(), other[0]);
 }
 
 pub async fn an_event_watcher_below_the_floor_is_told(make: Make) {
     let subject = make();
     let kept = u64::try_from(subject.events_kept).unwrap();
-    for id in 1..=kept * 3 {
-        subject.events.append(vec![event(id, 1, "vm.phase")]).await.unwrap();
-    }
-    subject.events.list(None, Revision(0), 1).await.unwrap();
+    many(&subject, kept * 3).await;
     let error: Error = match subject.events.watch(None, Revision(1)).await {
         Err(error) => error,
         Ok(mut events) => next(&mut events).await.unwrap_err(),

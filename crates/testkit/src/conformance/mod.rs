@@ -59,7 +59,7 @@ pub(crate) fn at(key: &str, revision: Revision) -> Guard {
 }
 
 pub(crate) fn txn(guards: Vec<Guard>, ops: Vec<Op>) -> Txn {
-    Txn { guards, ops, durability: Durability::Normal }
+    Txn { guards, ops, events: Vec::new(), durability: Durability::Normal }
 }
 
 /// A transaction that must commit.
@@ -102,8 +102,8 @@ macro_rules! store_conformance {
             list_and_watch_make_a_projection, below_the_floor_is_compacted, ahead_of_the_store_is_compacted,
             a_slow_watcher_is_told, a_dropped_transaction_harms_nobody, another_store_has_another_epoch);
         $crate::store_conformance!(@cases $subject, events:
-            events_come_back_in_order, appending_again_changes_nothing, events_are_found_by_vm,
-            pages_lose_nothing, old_events_go_by_count, old_events_go_by_age, an_event_watcher_sees_was_and_comes,
+            events_come_back_in_order, an_event_is_part_of_its_transaction, one_event_of_a_kind,
+            ids_are_in_order_whoever_writes, events_are_found_by_vm, pages_lose_nothing, old_events_go_by_count, old_events_go_by_age, an_event_watcher_sees_was_and_comes,
             an_event_watcher_below_the_floor_is_told);
     };
     (@cases $subject:path, $module:ident: $($case:ident),*) => {

@@ -18,8 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use clawpot_core::MachineId;
 use clawpot_core::ports::{BoxStream, Console};
+use clawpot_core::{LastWords, MachineId};
 use clawpot_types::{Error, Kind, Result, VmId};
 
 use drain::Drain;
@@ -55,7 +55,7 @@ impl Consoles {
 
     /// Marks the start of a boot in the log.
     pub(crate) fn begin(&self, id: &MachineId) -> Result<()> {
-        self.log(&id.vm).append(format!("--- boot {} ---\n", id.incarnation).as_bytes())
+        self.log(&id.vm).append(format!("{}{} ---\n", LastWords::BOOT, id.incarnation).as_bytes())
     }
 
     /// Drains `fifo` into the log of the machine's VM until [`Self::finish`]. Again is fine. To be called inside a runtime.

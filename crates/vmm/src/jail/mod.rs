@@ -31,10 +31,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clawpot_core::ports::Machine;
-use clawpot_core::{Fact, MachineId, VmmFact, VmmKind};
+use clawpot_core::{Fact, MachineId, VmmEnd, VmmFact, VmmKind};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::cgroup::{Cgroup, Cgroups, Limits, Missing};
-use clawpot_host::process::{Child, Spawn};
+use clawpot_host::process::{Child, Exit, Spawn};
 use clawpot_types::{Error, InstanceId, Kind, Result};
 
 use crate::console::Consoles;
@@ -250,9 +250,7 @@ impl Jails {
         // The group is empty a moment before the process can be reaped.
         let child = self.children().get(id).cloned();
         match child {
-            Some(child) => {
-                Fact::from_look(child.wait().await.map(|exit| Some(VmmFact::Exited { how: exit.to_string() })))
-            }
+            Some(child) => Fact::from_look(child.wait().await.map(|exit| Some(VmmFact::Exited { how: end(exit) }))),
             None => Fact::from_look(look),
         }
     }
@@ -264,7 +262,7 @@ impl Jails {
             // Not even in a hierarchy that only limits.
             (None, directory::State::Absent) if !jail.cgroup().exists()? => Ok(None),
             (_, directory::State::Prepared) => Ok(Some(VmmFact::Prepared)),
-            (_, state) => Ok(Some(VmmFact::Exited { how: state.explain().to_owned() })),
+            (_, state) => Ok(Some(VmmFact::Exited { how: VmmEnd::Unseen(state.explain().to_owned()) })),
         }
     }
 
@@ -324,5 +322,12 @@ impl Jails {
         let done = tokio::task::spawn_blocking(move || work(jail)).await;
         done.unwrap_or_else(|error| Err(Error::new(Kind::Internal, "it panicked").because(error)))
             .map_err(|error| error.context(what))
+    }
+}
+
+const fn end(exit: Exit) -> VmmEnd {
+    match exit {
+        Exit::Code(code) => VmmEnd::Code(code),
+        Exit::Signal(signal) => VmmEnd::Signal(signal),
     }
 }

@@ -35,9 +35,9 @@ async fn said(corner: &Corner, text: &str) -> Vec<String> {
     panic!("the console never said {text:?}: {tail:?}");
 }
 
-fn exited(fact: &Fact<VmmFact>) -> &str {
+fn exited(fact: &Fact<VmmFact>) -> String {
     match fact {
-        Fact::Present(VmmFact::Exited { how }) => how,
+        Fact::Present(VmmFact::Exited { how }) => how.to_string(),
         other => panic!("it has not ended: {other:?}"),
     }
 }
