@@ -69,6 +69,9 @@ pub struct Options {
     /// Network slots kept ready ahead of demand [default: 4]
     #[arg(long, global = true, env = "CLAWPOT_WARM_SLOTS", value_name = "N")]
     pub warm_slots: Option<usize>,
+    /// How long machines and slots that no record knows are left alone after the server's start, seconds [default: 30]
+    #[arg(long, global = true, env = "CLAWPOT_STRAY_GRACE_SECS", value_name = "SECS")]
+    pub stray_grace_secs: Option<u64>,
     /// What becomes of the VMs when the server is asked to stop [default: leave]
     #[arg(long, global = true, env = "CLAWPOT_ON_STOP", value_enum)]
     pub on_stop: Option<OnStop>,
@@ -161,6 +164,7 @@ fn overlay(over: Options, under: Options) -> Options {
         stop_grace_ms: over.stop_grace_ms.or(under.stop_grace_ms),
         abandoned_secs: over.abandoned_secs.or(under.abandoned_secs),
         warm_slots: over.warm_slots.or(under.warm_slots),
+        stray_grace_secs: over.stray_grace_secs.or(under.stray_grace_secs),
         on_stop: over.on_stop.or(under.on_stop),
         log_format: over.log_format.or(under.log_format),
     }
@@ -186,6 +190,7 @@ fn resolve(options: Options) -> Result<Config> {
     control.limits.abandoned = options.abandoned_secs.map_or(control.limits.abandoned, seconds);
     control.stop_grace = options.stop_grace_ms.map_or(control.stop_grace, Millis);
     control.warm_slots = options.warm_slots.unwrap_or(control.warm_slots);
+    control.stray_grace = options.stray_grace_secs.map_or(control.stray_grace, seconds);
     Ok(Config {
         image_dir: options.image_dir.unwrap_or_else(|| state_dir.join("images")),
         state_dir,

@@ -12,7 +12,8 @@ from pathlib import Path
 from .tools import children_of_mount, run
 
 #: What VMs have below a state directory. The rest (database, identity, locks, templates) is the server's own.
-STATE_FILES = re.compile(r"^((disks|logs)/|jail/[^/]+/)")
+#: Half-made files bear names of their own, wherever they are.
+STATE_FILES = re.compile(r"^((disks|logs)/|jail/[^/]+/)|(^|/)\.[^/]*\.tmp$")
 
 
 class Traces:

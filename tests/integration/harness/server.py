@@ -114,7 +114,9 @@ class Server:
         def same() -> bool:
             seen.append(self.traces.now())
             talking = [vm for vm in self.cli.ls() if vm["phase"] == "running"]
-            return seen[-1] == seen[-2] and len(self.traces.netns_names()) == len(talking) + self.warm_slots
+            # Counted in what was seen: one that is made a moment later would be taken for left behind.
+            slots = sum(count for thing, count in seen[-1].items() if thing.startswith("netns "))
+            return seen[-1] == seen[-2] and slots == len(talking) + self.warm_slots
 
         until(same, seconds=60, every=0.5, what=f"rest with {self.warm_slots} slots ready")
         return seen[-1]

@@ -20,6 +20,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use clawpot_core::ports::{BoxStream, Console};
 use clawpot_core::{LastWords, MachineId};
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Result, VmId};
 
 use drain::Drain;
@@ -150,7 +151,9 @@ impl Console for Consoles {
             log.close();
         }
         let dir = self.dir(vm);
-        blocking(vm, move || clawpot_host::fs::remove_tree_if_exists(&dir)).await
+        blocking(vm, move || clawpot_host::fs::remove_tree_if_exists(&dir)).await?;
+        failpoint::reached(Point::LogsGone);
+        Ok(())
     }
 }
 

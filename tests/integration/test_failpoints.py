@@ -1,0 +1,123 @@
+"""The server dies after each of its effects in turn; the next one finishes what was asked for, and nothing is left.
+
+Guests do not boot in most of these lives: what the host is asked for is over when a guest's kernel begins. Two servers side by
+side, one that makes its network slots when they are asked for, one with a slot ahead.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import LIVING
+from harness.crashes import AFTERMATH, Lives, Mortal, Tally, all_points, together
+from harness.world import World
+
+#: Points that this host or this VMM does not have: one needs version-1 hierarchies, the others Firecracker.
+ELSEWHERE = {"host.cgroup_confined"}
+OTHER_VMM = "firecracker."
+#: Random lives, each with up to four deaths; `make crash-cycles N=200`.
+CYCLES = int(os.environ.get("CLAWPOT_CRASH_CYCLES", "10"))
+SEED = int(os.environ.get("CLAWPOT_CRASH_SEED", str(int(time.time()))))
+#: What a server that died left half made, and no record knows, goes this much after the next one came up, seconds.
+GRACE = 1
+#: Orders for one point before it is taken for one that is never reached.
+TRIES = 4
+
+
+@pytest.fixture(scope="module")
+def lives(world: World, workdir: Path) -> Iterator[list[Lives]]:
+    servers = [
+        Mortal(world, workdir / f"mortal{slots}", "--warm-slots", slots, "--stray-grace-secs", GRACE) for slots in (0, 1)
+    ]
+    LIVING.extend(servers)
+    made = [Lives(server, Tally(), SEED + number) for number, server in enumerate(servers)]
+    # What is passed when guests boot is learnt once.
+    together([lambda one=one, number=number: one.learn(booted=number == 0) for number, one in enumerate(made)])
+    yield made
+    left = [f"{server.state_dir.name}: {thing}" for server in servers for thing in server.close()]
+    for server in servers:
+        LIVING.remove(server)
+    assert not left, "\n".join(left)
+
+
+def _run(lives: list[Lives], next_life: Callable[[Lives], bool]) -> Tally:
+    """Both go on until there is no next life or something is wrong."""
+    tally = Tally()
+
+    def work(one: Lives) -> None:
+        one.tally = tally
+        try:
+            while not tally.wrong and next_life(one):
+                pass
+        except Exception as broken:
+            tally.wrong.append(f"{one.server.state_dir.name}: {broken!r}")
+
+    together([lambda one=one: work(one) for one in lives])
+    print(f"seed {SEED}: {tally.told()}")
+    assert not tally.wrong, f"seed {SEED}:\n" + "\n".join(tally.wrong)
+    return tally
+
+
+@pytest.mark.timeout(600)
+def test_every_failpoint(lives: list[Lives]) -> None:
+    """Each point once, in whichever verb passes it; one that is never passed is a test that is not made."""
+    assert not [wrong for one in lives for wrong in one.tally.wrong]
+    todo = {point: TRIES for point in all_points() if not point.startswith(OTHER_VMM)}
+    lock = threading.Lock()
+
+    def choose(one: Lives, verb: str, chosen: dict[str, int]) -> tuple[str, int] | None:
+        with lock:
+            mine = [point for point in todo if point in one.known[verb]]
+            if not mine:
+                return None
+            # The one that the fewest verbs pass: others get their turn elsewhere.
+            point = min(mine, key=lambda point: sum(point in hits for hits in one.known.values()))
+            chosen[point] = todo.pop(point)
+            return point, one.random.randint(1, one.known[verb].count(point))
+
+    def next_life(one: Lives) -> bool:
+        with lock:
+            mine = {verb: [point for point in todo if point in hits] for verb, hits in one.known.items()}
+        if not any(mine.values()):
+            return False
+        chosen: dict[str, int] = {}
+        booted = "control.guest_asked" in mine["stop"]
+        one.live(lambda verb: choose(one, verb, chosen), sized=bool(mine["create sized"]), booted=booted)
+        with lock:
+            todo.update({point: tries - 1 for point, tries in chosen.items() if tries > 1 and not one.tally.deaths[point]})
+        return True
+
+    tally = _run(lives, next_life)
+    missing = {point for point in all_points() if not point.startswith(OTHER_VMM)} - set(tally.deaths)
+    assert not missing - ELSEWHERE, f"no server died there: {sorted(missing)}"
+
+
+@pytest.mark.timeout(180 + 30 * CYCLES)
+def test_random_deaths(lives: list[Lives]) -> None:
+    """Any point at any hit, of up to four verbs of a life and of the server that comes up after it."""
+    left = CYCLES
+    lock = threading.Lock()
+
+    def next_life(one: Lives) -> bool:
+        nonlocal left
+        with lock:
+            if not left:
+                return False
+            left -= 1
+        chance = one.random.random
+        one.live(
+            lambda verb: one.pick(verb) if chance() < 0.75 else None,
+            sized=chance() < 0.2,
+            booted=chance() < 0.2,
+            doubly=0.2,
+        )
+        return True
+
+    tally = _run(lives, next_life)
+    assert tally.lives == CYCLES
+    assert tally.deaths.total() >= CYCLES, tally.told()
+    assert AFTERMATH and tally.missed.total() <= tally.deaths.total() / 2, dict(tally.missed)
