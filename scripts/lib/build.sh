@@ -7,6 +7,14 @@ bin_dir=$target/debug
 
 build_programs() { cargo_run build --locked --manifest-path "$repo/Cargo.toml" "${programs[@]}"; }
 
+# A server that can be made to die at named points, for the tests of just that: $bin_dir/failpoints/clawpot-server. Of the same
+# packages as the other, so that nothing foreign is compiled again; the other, which cargo has kept, is put back in its place.
+build_mortal() {
+  cargo_run build --locked --manifest-path "$repo/Cargo.toml" "${programs[@]}" --features clawpot-server/failpoints
+  install -D -m 755 "$bin_dir/clawpot-server" "$bin_dir/failpoints/clawpot-server"
+  build_programs
+}
+
 # Packages, programs, kernel, initramfs and the debian image; only what is not there yet.
 prepare_host() {
   need_packages "${build_needs[@]}" "${image_needs[@]}" "${run_needs[@]}"
