@@ -34,6 +34,8 @@ class Record:
     #: The tree it belongs to, or the build.
     belongs_to: str
     offline: bool = False
+    #: A file that the VM sees as its second disk, read-only; none when empty.
+    payload: str = ""
     created: float = 0.0
     #: Who ends it at the latest when they end: pid and start time; none for a VM that stays.
     owner: tuple[int, int] | None = None
@@ -124,7 +126,7 @@ class Machine:
     def start(self, say: Callable[[str], None]) -> qemu.Ready:
         with self.locked():
             if self.running():
-                raise LabError("the VM runs already")
+                raise LabError("the VM is running already")
             image = Path(self.record.golden)
             if not (image / "golden.json").exists():
                 raise LabError(f"its golden image {image} is gone", "destroy this VM and launch another")
@@ -162,6 +164,7 @@ class Machine:
                 port=port,
                 public_key=(self.directory / "key.pub").read_text().strip().rsplit(" ", 1)[0],
                 offline=self.record.offline,
+                payload=Path(self.record.payload) if self.record.payload else None,
             )
             try:
                 process = qemu.spawn(spec)

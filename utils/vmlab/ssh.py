@@ -30,7 +30,7 @@ def options(machine: "Machine", multiplexed: bool = True) -> list[str]:
         *("-o", f"HostKeyAlias={machine.name}", "-o", "GlobalKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"),
         *("-o", "ServerAliveInterval=30", "-o", "ServerAliveCountMax=20", "-o", f"ConnectTimeout={CONNECT_SECONDS:.0f}"),
         # Emulated processors are quickest with these.
-        *("-o", "KexAlgorithms=curve25519-sha256", "-o", "Ciphers=aes128-gcm@openssh.com,chacha20-poly1305@openssh.com"),
+        *("-o", "KexAlgorithms=curve25519-sha256", "-o", "Ciphers=chacha20-poly1305@openssh.com,aes128-gcm@openssh.com"),
         *("-p", str(machine.record.port)),
     ]
     if multiplexed and len(str(directory)) < 80:
@@ -95,7 +95,8 @@ def power_off(machine: "Machine") -> bool:
 
 
 def login_shell(command: str) -> str:
-    return f"exec bash -lc {shlex.quote(command)}"
+    # Without `exec`: a command that a signal ends gives 128 + its number, where ssh itself would say 255.
+    return f"bash -lc {shlex.quote(command)}; exit $?"
 
 
 def run(machine: "Machine", command: str, **how: object) -> int:

@@ -1,5 +1,6 @@
 """The root file system of a golden image, as a directory."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -68,15 +69,15 @@ BOOT_MODULES = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "ext4"]
 UNREAD = shutil.ignore_patterns("doc", "man", "*.html")
 
 
-def fill(recipe: Recipe, scratch: Path) -> Path:
-    """Packages, kernel, extras and our own files, in `scratch`/root."""
+def fill(recipe: Recipe, scratch: Path, fresh: bool) -> Path:
+    """Packages, kernel, extras and our own files, in `scratch`/root. `fresh`: today's packages, not those kept from before."""
     root = scratch / "root"
     if recipe.cloud_image:
         from .cloud import unpack  # only where it is wanted
 
         unpack(recipe, scratch, root)
     else:
-        bootstrap(recipe, scratch, root)
+        packages(recipe, scratch, root, fresh)
     kernel(recipe, scratch, root)
     for extra in recipe.extras:
         to = root / extra.to
@@ -103,6 +104,23 @@ def apt_answer(function: str, *words: str) -> list[str]:
     script = 'source "$0/common.sh"; source "$0/debian.sh"; "$@"'
     told = host.run("bash", "-c", script, LIB, function, *words)
     return [line for line in told.splitlines() if line]
+
+
+def packages(recipe: Recipe, scratch: Path, root: Path, fresh: bool) -> None:
+    """The packages alone are kept beside the images: most changes of a recipe are not to them, and they take the longest."""
+    names = "\n".join([recipe.release, *recipe.profile.packages, *LEFT_OUT])
+    kept = scratch.parent / f"base-{recipe.profile.name}-{hashlib.sha256(names.encode()).hexdigest()[:16]}.tar"
+    if fresh or not kept.exists():
+        bootstrap(recipe, scratch, root)
+        half = scratch / "base.tar"
+        host.run("tar", "-C", root, "--numeric-owner", "--xattrs", "-cpf", half, ".", seconds=900)
+        for old in scratch.parent.glob(f"base-{recipe.profile.name}-*.tar"):
+            old.unlink()
+        half.rename(kept)
+        host.give_to_caller(kept)
+    else:
+        root.mkdir()
+        host.run("tar", "-C", root, "--numeric-owner", "--xattrs", "-xpf", kept, seconds=900)
 
 
 def bootstrap(recipe: Recipe, scratch: Path, root: Path) -> None:

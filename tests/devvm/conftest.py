@@ -1,0 +1,68 @@
+"""A work tree of the tests' own, so that a VM of the tree they are run in is left alone."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vmlab import golden, host, machine, recipe
+from vmlab.errors import Lacking
+
+#: What devvm and ci/ are made of, and what a build reads.
+PARTS = ("utils", "scripts", "ci", "tests/integration/harness")
+#: Golden images stay here between runs; everything else is gone after one.
+VM_DIR = Path(os.environ.get("CLAWPOT_VM_DIR", host.REPO / "target" / "vms"))
+MEMORY_MIB = 1024
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def lacking() -> str:
+    """Why no VM can be tried here; nothing when it can."""
+    if os.geteuid() != 0:
+        return "building a golden image needs root"
+    wanted = recipe.PROFILES["small"]
+    try:
+        host.need_tools([*golden.TOOLS, "ssh", "ssh-keygen", "rsync"])
+        host.need_disk(VM_DIR, wanted.room_mib + 1024, "the test VM and its golden image")
+        host.need_memory(MEMORY_MIB + machine.OVERHEAD_MIB, "the test VM")
+    except Lacking as error:
+        return str(error).replace("\n", ";")
+    return ""
+
+
+@pytest.fixture(scope="session")
+def vm_dir() -> Path:
+    why = lacking()
+    if why:
+        pytest.skip(why)
+    # The golden image may stay from an earlier run; VMs may not.
+    return VM_DIR
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("tree")
+    for part in PARTS:
+        if (host.REPO / part).exists():
+            shutil.copytree(host.REPO / part, made / part, ignore=shutil.ignore_patterns("__pycache__"))
+    return made
+
+
+@pytest.fixture(scope="session")
+def devvm(tree: Path, vm_dir: Path) -> Iterator[Run]:
+    """`devvm("status")`: the program of the tests' own tree. Whatever it made is gone at the end."""
+
+    def run(*words: str, input: str = "", check: bool = False, seconds: float = 900) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(tree / "utils/devvm"), *words]
+        env = {**os.environ, "CLAWPOT_VM_DIR": str(vm_dir)}
+        done = subprocess.run(command, input=input, capture_output=True, text=True, env=env, timeout=seconds, check=False)
+        if check:
+            assert done.returncode == 0, f"devvm {' '.join(words)}: status {done.returncode}\n{done.stdout}{done.stderr}"
+        return done
+
+    yield run
+    run("destroy")

@@ -1,0 +1,181 @@
+"""Parts of the VM tools that can be tried without a VM that lives long."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vmlab import accel, devvm, golden, host, machine, qemu, recipe
+from vmlab.errors import LabError, Lacking
+
+KVM_NONE = accel.Accel("tcg", "for a test", True)
+
+
+def sleeper(*names: str) -> subprocess.Popen[bytes]:
+    """A process whose command line has these words."""
+    code = "import sys, time; sys.stdout.write('x'); sys.stdout.flush(); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, *names], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    return process
+
+
+def test_only_the_very_process_is_killed() -> None:
+    process = sleeper("guest=clawpot-dev-1")
+    try:
+        known = qemu.Process.of(process.pid, "clawpot-dev-1")
+        for other in (
+            replace(known, started=known.started - 1),
+            replace(known, name="clawpot-dev-11"),
+            replace(known, name="clawpot"),
+        ):
+            assert not other.alive()
+            other.kill()
+            assert process.poll() is None, f"{other} was taken for {known}"
+        assert known.alive()
+        known.kill()
+        assert process.wait(5) == -9
+        assert not known.alive()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_pid_file_of_another_process_is_nobodys(tmp_path: Path) -> None:
+    (tmp_path / "qemu.pid").write_text(f"{os.getpid()}\n")
+    assert qemu.from_pid_file(tmp_path, "clawpot-dev-1") is None
+    (tmp_path / "qemu.pid").write_text("")
+    assert qemu.from_pid_file(tmp_path, "clawpot-dev-1") is None
+
+
+def test_memory_is_in_mib() -> None:
+    assert [devvm.memory(text) for text in ("4096", "4G", "512M", "2g")] == [4096, 4096, 512, 2048]
+    for wrong in ("", "4T", "-1", "100", "1.5G", "4 G"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            devvm.memory(wrong)
+
+
+def plain_recipe(*packages: str) -> recipe.Recipe:
+    return recipe.Recipe(replace(recipe.PROFILES["small"], packages=packages), "bookworm", "linux-image-1")
+
+
+def test_another_recipe_has_another_hash(tmp_path: Path) -> None:
+    one = plain_recipe("bash")
+    assert one.hash() == plain_recipe("bash").hash()
+    others = [plain_recipe("bash", "less"), replace(one, release="trixie"), replace(one, kernel="linux-image-2")]
+    others.append(replace(one, extras=(recipe.Extra(tmp_path, "opt/rust", "1.95"),)))
+    others.append(replace(one, profile=replace(one.profile, name="dev")))
+    assert len({each.hash() for each in [one, *others]}) == 1 + len(others)
+
+
+def make_golden(state: Path, wanted: recipe.Recipe, number: int, whole: bool = True) -> Path:
+    directory = golden.home(state) / f"{wanted.profile.name}-{wanted.hash()}-{number}"
+    directory.mkdir()
+    if whole:
+        record = {"profile": wanted.profile.name, "recipe": wanted.hash(), "kernel": wanted.kernel, "seconds": 1, "notes": []}
+        (directory / "golden.json").write_text(json.dumps(record))
+    return directory
+
+
+def test_only_whole_images_are_found_and_only_unused_ones_dropped(tmp_path: Path) -> None:
+    wanted = plain_recipe("bash")
+    assert golden.find(tmp_path, wanted) is None
+    make_golden(tmp_path, wanted, 1, whole=False)
+    (golden.home(tmp_path) / f".build-small-{os.getpid()}").mkdir()
+    assert golden.find(tmp_path, wanted) is None
+    used, unused, newest = (make_golden(tmp_path, wanted, number) for number in (2, 3, 4))
+    for age, path in enumerate((newest, unused, used)):
+        os.utime(path / "golden.json", (1000 - age, 1000 - age))
+    found = golden.find(tmp_path, wanted)
+    assert found
+    assert found.directory == newest
+    (tmp_path / "vms/v").mkdir(parents=True)
+    (tmp_path / "vms/v/vm.json").write_text(json.dumps({"golden": str(used)}))
+    golden.drop_unused(tmp_path, found, print)
+    assert (used.exists(), unused.exists(), newest.exists()) == (True, False, True)
+
+
+def test_missing_programs_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(host, "SBIN", ())
+    with pytest.raises(Lacking) as error:
+        host.need_tools(["rsync", "qemu-img", "ssh"])
+    assert "rsync, qemu-img, ssh" in str(error.value)
+    assert "openssh-client qemu-utils rsync" in error.value.next
+
+
+def test_too_little_room_is_told_with_figures(tmp_path: Path) -> None:
+    with pytest.raises(Lacking, match=r"needs 99999999 MiB in .*, and \d+ MiB are free"):
+        host.need_disk(tmp_path / "not" / "yet", 99999999, "the VM")
+    with pytest.raises(Lacking, match=r"needs 99999999 MiB of memory, and \d+ MiB"):
+        host.need_memory(99999999, "the VM")
+
+
+def test_no_kvm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accel, "KVM", tmp_path / "kvm")
+    found = accel.probe(tmp_path / "vmlinux")
+    assert (found.name, found.nested) == ("tcg", True)
+    assert "no /dev/kvm" in found.words
+
+
+def test_a_kernel_that_says_nothing_is_no_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe looks at what the guest prints. Here QEMU has nothing to run, which no accelerator mends."""
+    monkeypatch.setattr(accel, "KVM", Path("/dev/null"))
+    if not host.tool("qemu-system-x86_64"):
+        pytest.skip("qemu-system-x86_64 is not installed")
+    (tmp_path / "vmlinux").write_bytes(b"\0" * 4096)
+    found = accel.probe(tmp_path / "vmlinux", seconds=5)
+    assert found.name == "tcg"
+    assert "/dev/kvm is here, but" in found.why
+
+
+def test_the_answer_of_the_probe_is_kept_for_this_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accel, "probe", lambda kernel: KVM_NONE)
+    assert accel.choose(tmp_path, tmp_path / "kept") == KVM_NONE
+    monkeypatch.setattr(accel, "probe", lambda kernel: pytest.fail("asked again"))
+    assert accel.choose(tmp_path, tmp_path / "kept") == KVM_NONE
+    monkeypatch.setattr(host, "boot_id", lambda: "another boot")
+    with pytest.raises(pytest.fail.Exception):
+        accel.choose(tmp_path, tmp_path / "kept")
+
+
+def test_a_launch_under_way_keeps_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devvm, "ID_FILE", tmp_path / ".devvm")
+    with devvm.id_file(), pytest.raises(LabError, match="under way"), devvm.id_file():
+        pass
+
+
+def test_a_record_that_cannot_be_read_is_not_absent(tmp_path: Path) -> None:
+    (tmp_path / "vms/0123456789ab").mkdir(parents=True)
+    assert machine.Machine.open(tmp_path, "0123456789ab") is None
+    (tmp_path / "vms/0123456789ab/vm.json").write_text('{"id": ')
+    with pytest.raises(LabError, match="cannot be read"):
+        machine.Machine.open(tmp_path, "0123456789ab")
+
+
+def test_a_vm_that_never_gets_ready_shows_its_console(tmp_path: Path) -> None:
+    process = sleeper("guest=clawpot-dev-2")
+    try:
+        spec = qemu.Spec("clawpot-dev-2", tmp_path, tmp_path, tmp_path / "disk", 1, 512, KVM_NONE)
+        spec.console.write_bytes(b"first line\r\n\x1b[31mKernel panic - not syncing\r\n")
+        known = qemu.Process.of(process.pid, spec.name)
+        begun = time.monotonic()
+        with pytest.raises(LabError, match=r"not ready within 0.3 s(.|\n)*\| .*Kernel panic"):
+            qemu.wait_ready(spec, known, seconds=0.3)
+        assert time.monotonic() - begun < 20
+        known.kill()
+        process.wait()
+        with pytest.raises(LabError, match=r"ended before it was ready(.|\n)*Kernel panic"):
+            qemu.wait_ready(spec, known)
+        # A machine that was ready and ended has been ready.
+        spec.console.write_bytes(b"clawpot-vm: ready golden=ab12 kvm=no uptime=3.5 hostkey=ssh-ed25519:AAAA\n")
+        assert qemu.wait_ready(spec, known) == qemu.Ready("ab12", False, 3.5, "ssh-ed25519 AAAA")
+    finally:
+        process.kill()
+        process.wait()
