@@ -1,8 +1,17 @@
 # The README's commands, for habit.
-.PHONY: demo test lint bench crash-cycles
+.PHONY: demo test lint bench fuzz crash-cycles install uninstall test-packaging
+
+export PREFIX ?= /usr/local
+export DESTDIR ?=
 
 demo: ; ./scripts/demo
 test: ; ./scripts/test
 lint: ; ./scripts/lint.sh
 bench: ; ./scripts/bench
+fuzz: ; ./scripts/fuzz
 crash-cycles: ; ./scripts/crash-cycles $(N)
+# ARGS=--enable starts the server too.
+install: ; @BIN_DIR='$(BIN_DIR)' ./packaging/install.sh install $(ARGS)
+uninstall: ; @./packaging/install.sh uninstall
+# In a VM of its own, with systemd as PID 1 (utils/devvm); minutes.
+test-packaging: ; ./packaging/test-in-vm

@@ -61,6 +61,7 @@ pub enum Verb {
     Doctor(c::doctor::Args),
     Version(c::version::Args),
     Completions(c::completions::Args),
+    Man(c::man::Args),
 }
 
 /// A value of any length is told in one line.

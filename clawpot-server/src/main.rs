@@ -16,7 +16,7 @@ mod vmms;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use clawpot_types::{Error, Result};
 use tracing_subscriber::EnvFilter;
 
@@ -37,6 +37,9 @@ struct Cli {
 enum Command {
     /// Run the server (what happens without a subcommand, too)
     Serve,
+    /// Write this program's manual page to standard output
+    #[command(hide = true)]
+    Man,
     /// Copy records and events of the state directory to FILE, while a server runs or not
     Backup { file: PathBuf },
     /// Name every point at which a test can let the server die
@@ -56,6 +59,9 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
+    if matches!(cli.command, Some(Command::Man)) {
+        return man();
+    }
     let config = config::load(cli.config.as_deref(), cli.options)?;
     match cli.command.unwrap_or(Command::Serve) {
         Command::Backup { file } => app::backup(&config, &file),
@@ -64,6 +70,7 @@ fn run(cli: Cli) -> Result<()> {
             clawpot_failpoint::Point::ALL.iter().for_each(|point| println!("{}", point.name()));
             Ok(())
         }
+        Command::Man => man(),
         Command::Serve => {
             init_logs(config.log_format);
             clawpot_host::process::raise_open_files()?;
@@ -75,6 +82,12 @@ fn run(cli: Cli) -> Result<()> {
             runtime.block_on(serve::serve(config))
         }
     }
+}
+
+fn man() -> Result<()> {
+    // Section 8: programs for administrators.
+    let page = clap_mangen::Man::new(Cli::command()).section("8");
+    page.render(&mut std::io::stdout().lock()).map_err(|error| Error::io("writing the manual page", error))
 }
 
 /// `CLAWPOT_LOG` takes a filter such as `info,clawpot_control=debug`; the default is `info`.

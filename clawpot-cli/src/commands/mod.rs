@@ -10,6 +10,7 @@ pub mod image;
 pub mod inspect;
 pub mod logs;
 pub mod ls;
+pub mod man;
 pub mod rm;
 pub mod run;
 pub mod start;
@@ -52,6 +53,7 @@ pub async fn dispatch(cli: Cli) -> Outcome {
         Verb::Doctor(args) => doctor::run(global, args).await,
         Verb::Version(args) => version::run(global, args).await,
         Verb::Completions(args) => completions::run(args),
+        Verb::Man(args) => man::run(&args),
     }
 }
 

@@ -12,3 +12,6 @@ pub mod host;
 pub mod status;
 pub mod validate;
 pub mod vm;
+
+#[cfg(test)]
+mod fuzz_corpus;

@@ -92,7 +92,8 @@ pub fn labels(labels: HashMap<String, String>) -> Result<BTreeMap<Label, Label>>
     }
     let mut checked = BTreeMap::new();
     for (key, value) in labels {
-        let path = format!("labels[{key:?}]");
+        // An error is sent in a header: it does not grow with what was sent to us.
+        let path = format!("labels[{:?}]", key.chars().take(64).collect::<String>());
         if key.is_empty() {
             return Err(bad("labels", "a key must not be empty".to_owned()));
         }

@@ -134,7 +134,8 @@ pub(crate) fn told(doing: &str, status: &Status) -> Error {
     Error::new(kind, format!("guest agent: {doing}")).because(clean(status.message()))
 }
 
-fn hello(answer: HelloResponse) -> Result<Hello> {
+/// What a guest says of itself, cut, cleaned and checked.
+pub fn hello(answer: HelloResponse) -> Result<Hello> {
     if answer.protocol == 0 || answer.protocol > AGENT_PROTOCOL {
         let what = format!(
             "guest agent: it wants to speak protocol {}, this server knows 1 to {AGENT_PROTOCOL}",

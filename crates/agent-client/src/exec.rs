@@ -14,8 +14,8 @@ use crate::client::{clean, told};
 /// Where each output stream stands: what the host has, as far as this attachment knows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offsets {
-    stdout: u64,
-    stderr: u64,
+    pub stdout: u64,
+    pub stderr: u64,
 }
 
 /// The caller's frames on the wire, and what [`incoming`] needs: from where output is expected, told by the first of them.
@@ -108,8 +108,8 @@ fn start_message(start: ExecStart) -> v1::ExecStart {
     }
 }
 
-/// One frame, checked against where its stream stands.
-fn output(message: v1::ExecOutput, mut at: Offsets) -> Result<(ExecOutput, Offsets)> {
+/// One frame, checked against where its stream stands. `Corrupt`: it breaks the protocol, and is the last that is read.
+pub fn output(message: v1::ExecOutput, mut at: Offsets) -> Result<(ExecOutput, Offsets)> {
     use v1::exec_output::Frame;
     let frame = message.frame.ok_or_else(|| broken("an unknown frame"))?;
     let output = match frame {

@@ -5,11 +5,12 @@
 //! - [`gather`] small writes that follow each other leave as one packet
 //! - [`exec`] frames as messages, each checked: the guest is hostile
 //!
-//! Called through the port alone; calls `clawpot-host` for sockets in other namespaces.
+//! Called through the port alone ([`check_output`] and [`check_hello`] by the fuzzer too); calls `clawpot-host` for sockets in other namespaces.
 
 mod client;
 mod dial;
 mod exec;
 mod gather;
 
-pub use client::AgentClient;
+pub use client::{AgentClient, hello as check_hello};
+pub use exec::{Offsets, output as check_output};

@@ -100,6 +100,11 @@ impl Records {
         for Entry { key, value, revision } in vms.entries {
             let id = id_of(&key)?;
             match VmRecord::decode(&value) {
+                // Whatever is done to a VM is named from its record: this one would have it done to another.
+                Ok(record) if record.id != id => {
+                    let why = format!("VM record: it lies under {id} and says that it is {}", record.id);
+                    projection.rows.insert(id, Row::Unreadable { revision, why });
+                }
                 Ok(record) => {
                     projection.names.insert(record.name.clone(), id.clone());
                     projection.rows.insert(id, Row::Known { revision, record: Arc::new(record) });

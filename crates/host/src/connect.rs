@@ -16,22 +16,25 @@ const MAX_LINE: usize = 32;
 pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, port: u32) -> io::Result<()> {
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
     let line = read_line(stream).await?;
-    if line.starts_with(b"OK ") { Ok(()) } else { Err(refused(port, &line)) }
+    if number_behind(b"OK ", &line).is_some() { Ok(()) } else { Err(refused(port, &line)) }
 }
 
 /// Reads the request of a caller: the port it wants. Used where we serve the socket ourselves.
 pub async fn accept<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<u32> {
     let line = read_line(stream).await?;
-    std::str::from_utf8(&line)
-        .ok()
-        .and_then(|line| line.strip_prefix("CONNECT "))
-        .and_then(|port| port.parse().ok())
+    number_behind(b"CONNECT ", &line)
         .ok_or_else(|| invalid(format!("expected \"CONNECT <port>\", got {:?}", String::from_utf8_lossy(&line))))
 }
 
 /// Tells the caller that it is connected; `host_port`: the number that its end of the connection has on the host's side.
 pub async fn confirm<S: AsyncWrite + Unpin>(stream: &mut S, host_port: u32) -> io::Result<()> {
     stream.write_all(format!("OK {host_port}\n").as_bytes()).await
+}
+
+/// Digits and nothing else; Rust's own `parse` takes a sign too.
+fn number_behind(word: &[u8], line: &[u8]) -> Option<u32> {
+    let digits = line.strip_prefix(word).filter(|digits| digits.iter().all(u8::is_ascii_digit))?;
+    std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 /// One line without its newline.
@@ -70,7 +73,9 @@ mod tests {
     #[tokio::test]
     async fn only_ok_is_ok() {
         assert!(answer(b"OK 1073741824\n").await.is_ok());
-        for bad in [&b"NO 1\n"[..], b"OK", b"", b"\n", b"OK 111111111111111111111111111111111111\n"] {
+        for bad in
+            [&b"NO 1\n"[..], b"OK", b"", b"\n", b"OK \n", b"OK 1x\n", b"OK 111111111111111111111111111111111111\n"]
+        {
             assert!(answer(bad).await.is_err(), "{bad:?}");
         }
     }
@@ -98,6 +103,7 @@ mod tests {
             (&b"CONNECT 52\n"[..], Some(52)),
             (b"CONNECT x\n", None),
             (b"CONNECT 4294967296\n", None),
+            (b"CONNECT +52\n", None),
             (b"GET /\n", None),
         ] {
             assert_eq!(accept(&mut &line[..]).await.ok(), want, "{line:?}");

@@ -1,0 +1,10 @@
+#![no_main]
+
+#[allow(dead_code, reason = "only part of it is called here")]
+#[path = "../../clawpot-server/src/api/validate.rs"]
+mod validate;
+
+#[path = "../src/api_requests.rs"]
+mod target;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| target::run(data));

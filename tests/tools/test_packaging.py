@@ -1,0 +1,172 @@
+"""packaging/: what the unit may not say, and what `make install` lays down and takes away. Nothing of this host is changed."""
+
+import configparser
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+PACKAGING = REPO / "packaging"
+UNIT = PACKAGING / "systemd/clawpot.service.in"
+#: Each was read in systemd.exec(5), systemd.service(5) and systemd.resource-control(5): none gives the service a mount
+#: namespace, and none reaches a VM through what is inherited but for the limits that are meant to.
+HARMLESS = {
+    "Type",
+    "NotifyAccess",
+    "ExecStart",
+    "Restart",
+    "RestartSec",
+    "TimeoutStartSec",
+    "TimeoutStopSec",
+    "KillMode",
+    "LimitNOFILE",
+    "TasksMax",
+}
+#: Known to imply one, or to empty /run/clawpot when the unit stops.
+FORBIDDEN = [
+    "Bind",
+    "BindReadOnly",
+    "DynamicUser",
+    "ExecPaths",
+    "Extension",
+    "ImportCredential",
+    "InaccessiblePaths",
+    "LoadCredential",
+    "LogNamespace",
+    "Mount",
+    "NoExecPaths",
+    "PrivateDevices",
+    "PrivateIPC",
+    "PrivateMounts",
+    "PrivateNetwork",
+    "PrivateTmp",
+    "PrivateUsers",
+    "ProcSubset",
+    "ProtectControlGroups",
+    "ProtectHome",
+    "ProtectHostname",
+    "ProtectKernel",
+    "ProtectProc",
+    "ProtectSystem",
+    "ReadOnlyPaths",
+    "ReadWritePaths",
+    "RestrictNamespaces",
+    "RootDirectory",
+    "RootImage",
+    "RuntimeDirectory",
+    "SetCredential",
+    "SystemCallFilter",
+    "TemporaryFileSystem",
+    "NetworkNamespacePath",
+    "NoNewPrivileges",
+    "OOMScoreAdjust",
+    "Slice",
+]
+
+
+def unit() -> configparser.ConfigParser:
+    parsed = configparser.ConfigParser(strict=False, interpolation=None, delimiters=("=",))
+    parsed.optionxform = str  # type: ignore[assignment,method-assign]
+    parsed.read_string(UNIT.read_text())
+    return parsed
+
+
+def test_the_unit_says_only_what_is_known_to_be_harmless():
+    said = set(unit()["Service"])
+    assert not [key for key in said if key.startswith(tuple(FORBIDDEN))]
+    assert said <= HARMLESS, f"read what {said - HARMLESS} does to mount namespaces and to children, then name it in HARMLESS"
+
+
+def test_what_is_forbidden_would_be_found():
+    for key in ("PrivateTmp", "ProtectSystem", "BindPaths", "RuntimeDirectory", "ReadWritePaths", "DynamicUser"):
+        assert key.startswith(tuple(FORBIDDEN)) and key not in HARMLESS
+
+
+def test_the_server_alone_ends_with_the_unit():
+    service = unit()["Service"]
+    assert service["Type"] == "notify"
+    assert service["KillMode"] == "control-group"
+    # VMs are not in it: their groups lie at the top of the hierarchy (crates/host/src/cgroup).
+    assert "Delegate" not in service
+
+
+def test_systemd_understands_the_unit(tmp_path):
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("no systemd-analyze")
+    (tmp_path / "clawpot-server").write_text("#!/bin/sh\n")
+    (tmp_path / "clawpot-server").chmod(0o755)
+    filled = tmp_path / "clawpot.service"
+    filled.write_text(UNIT.read_text().replace("@SBIN@", str(tmp_path)).replace("@STATE@", "/var/lib/clawpot"))
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", filled], capture_output=True, text=True, check=False)
+    # It looks at all that is wanted by it too; what it says of other units is their affair.
+    assert not [line for line in done.stderr.splitlines() if "clawpot.service" in line], done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    built = Path(os.environ.get("CLAWPOT_BIN_DIR", REPO / "target/debug"))
+    if not all((built / name).exists() for name in ("clawpot", "clawpot-server", "clawpot-edge")):
+        pytest.skip(f"nothing is built in {built}")
+
+    def make(verb: str, **more: str) -> subprocess.CompletedProcess[str]:
+        words = ["make", "-s", "-C", str(REPO), verb, f"DESTDIR={tmp_path}/dest", f"BIN_DIR={built}"]
+        words += [f"{name}={value}" for name, value in more.items()]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    return make
+
+
+def files(root: Path) -> set[str]:
+    return {"/" + str(found.relative_to(root)) for found in root.rglob("*") if not found.is_dir()}
+
+
+@pytest.mark.parametrize(("prefix", "kin"), [("/usr", "/usr/lib"), ("/usr/local", "/usr/local/lib"), ("/opt/clawpot", "/etc")])
+def test_install_lays_down_and_uninstall_takes_away(make, tmp_path, prefix, kin):
+    if os.geteuid() != 0:
+        pytest.skip("what is installed is root's")
+    dest = tmp_path / "dest"
+    before = Path("/proc/sys/net/ipv4/ip_forward").read_text()
+    done = make("install", PREFIX=prefix)
+    assert done.returncode == 0, done.stderr
+    laid = files(dest)
+    unit_path = f"{kin if kin != '/etc' else '/etc'}/systemd/system/clawpot.service"
+    assert {
+        f"{prefix}/bin/clawpot",
+        f"{prefix}/sbin/clawpot-server",
+        f"{prefix}/sbin/clawpot-edge",
+        unit_path,
+        f"{kin}/sysusers.d/clawpot.conf",
+        f"{kin}/tmpfiles.d/clawpot.conf",
+        "/etc/sysctl.d/60-clawpot.conf",
+        f"{prefix}/share/man/man1/clawpot-run.1",
+        f"{prefix}/share/man/man8/clawpot-server.8",
+        f"{prefix}/share/bash-completion/completions/clawpot",
+    } <= laid
+    text = (dest / unit_path[1:]).read_text()
+    assert f"ExecStart={prefix}/sbin/clawpot-server\n" in text
+    assert "@" not in text.replace("make install", "")
+    assert os.access(dest / prefix[1:] / "sbin/clawpot-server", os.X_OK)
+    again = make("install", PREFIX=prefix)
+    assert again.returncode == 0 and files(dest) == laid, again.stderr
+
+    (dest / prefix[1:] / "bin/other").write_text("somebody else's")
+    done = make("uninstall", PREFIX=prefix)
+    assert done.returncode == 0, done.stderr
+    assert files(dest) == {f"{prefix}/bin/other"}
+    assert Path("/proc/sys/net/ipv4/ip_forward").read_text() == before
+
+
+def test_the_group_is_the_one_that_the_server_looks_for():
+    assert "\ng clawpot " in "\n" + (PACKAGING / "sysusers.conf").read_text()
+    assert 'unwrap_or("clawpot")' in (REPO / "clawpot-server/src/socket.rs").read_text()
+
+
+def test_every_sysctl_is_named_once_and_has_a_reason():
+    lines = (PACKAGING / "sysctl.conf").read_text().splitlines()
+    settings = [line for line in lines if line and not line.startswith("#")]
+    assert settings == ["net.ipv4.ip_forward = 1"]
+    assert lines[0].startswith("#")
