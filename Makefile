@@ -1,11 +1,12 @@
 # The README's commands, for habit.
-.PHONY: demo test lint bench fuzz crash-cycles install uninstall test-packaging
+.PHONY: demo test test-firecracker lint bench fuzz crash-cycles install uninstall test-packaging
 
 export PREFIX ?= /usr/local
 export DESTDIR ?=
 
 demo: ; ./scripts/demo
 test: ; ./scripts/test
+test-firecracker: ; ./scripts/test-firecracker
 lint: ; ./scripts/lint.sh
 bench: ; ./scripts/bench
 fuzz: ; ./scripts/fuzz

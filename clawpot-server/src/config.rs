@@ -60,6 +60,9 @@ pub struct Options {
     /// How long a guest may take from the VMM's start to its hello, seconds [default: 120]
     #[arg(long, global = true, env = "CLAWPOT_BOOT_TIMEOUT_SECS", value_name = "SECS")]
     pub boot_timeout_secs: Option<u64>,
+    /// How long a probe VM's kernel may take until it speaks, seconds; more on a host that is slow, not unable [default: 8]
+    #[arg(long, global = true, env = "CLAWPOT_PROBE_TIMEOUT_SECS", value_name = "SECS")]
+    pub probe_timeout_secs: Option<u64>,
     /// How long a guest gets for an orderly shutdown, milliseconds [default: 10000]
     #[arg(long, global = true, env = "CLAWPOT_STOP_GRACE_MS", value_name = "MS")]
     pub stop_grace_ms: Option<u64>,
@@ -119,6 +122,7 @@ pub struct Config {
     pub qemu: Option<PathBuf>,
     pub edge: Option<PathBuf>,
     pub resolv_conf: PathBuf,
+    pub probe_limit: Option<std::time::Duration>,
     pub control: clawpot_control::Settings,
     pub on_stop: OnStop,
     pub log_format: LogFormat,
@@ -161,6 +165,7 @@ fn overlay(over: Options, under: Options) -> Options {
         default_memory_mib: over.default_memory_mib.or(under.default_memory_mib),
         default_disk_mib: over.default_disk_mib.or(under.default_disk_mib),
         boot_timeout_secs: over.boot_timeout_secs.or(under.boot_timeout_secs),
+        probe_timeout_secs: over.probe_timeout_secs.or(under.probe_timeout_secs),
         stop_grace_ms: over.stop_grace_ms.or(under.stop_grace_ms),
         abandoned_secs: over.abandoned_secs.or(under.abandoned_secs),
         warm_slots: over.warm_slots.or(under.warm_slots),
@@ -203,6 +208,7 @@ fn resolve(options: Options) -> Result<Config> {
         qemu: options.qemu,
         edge: options.edge,
         resolv_conf: options.resolv_conf.unwrap_or_else(|| "/etc/resolv.conf".into()),
+        probe_limit: options.probe_timeout_secs.map(seconds),
         control,
         on_stop: options.on_stop.unwrap_or(OnStop::Leave),
         log_format: options.log_format.unwrap_or(LogFormat::Text),

@@ -86,6 +86,7 @@ async fn firecracker(config: &Config, instance: &InstanceId, consoles: &Consoles
     let settings = firecracker::Config {
         program: config.firecracker.clone().or_else(|| Some(fetched.as_ref()?.join("firecracker"))),
         jailer: config.jailer.clone(),
+        probe_limit: config.probe_limit,
         path: std::env::var_os("PATH"),
     };
     Firecracker::new(&config.state_dir, instance, consoles.clone(), &settings).await

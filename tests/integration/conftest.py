@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness import sweep
-from harness.server import ASSETS, Server
+from harness.server import ASSETS, VMM, Server
 from harness.world import World
 
 HERE = Path(__file__).resolve().parent
@@ -117,7 +117,11 @@ def make_server(world: World, workdir: Path, _servers: list[str]) -> Iterator[Ca
 @pytest.fixture(scope="session")
 def _main(session_server: Callable[..., Server]) -> Server:
     # A --rm VM that nobody attends is gone after 3 s instead of a minute: longer than a boot must not matter.
-    return session_server("main", "--abandoned-secs", "3").start()
+    server = session_server("main", "--abandoned-secs", "3").start()
+    found = server.cli("host", "-o", "json").ok().json
+    # Passing on another VMM than the one that was asked for would be no pass.
+    assert "CLAWPOT_TEST_VMM" not in os.environ or found["vmm"] == VMM, found["vmm_reason"]
+    return server
 
 
 @pytest.fixture

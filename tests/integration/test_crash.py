@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 
+import pytest
+
 from harness.server import Server
-from harness.tools import until
+from harness.tools import until, within
 
 COUNT = 250
 
@@ -17,6 +19,7 @@ def _boot_id(server: Server, vm: str) -> str:
     return server.cli.sh(vm, "cat /proc/sys/kernel/random/boot_id").ok().text
 
 
+@pytest.mark.firecracker
 def test_a_killed_server_adopts_its_vms(server: Server, vm: str, sibling: str) -> None:
     boots = _boot_id(server, vm), _boot_id(server, sibling)
     before = server.cli.inspect(vm)
@@ -38,6 +41,7 @@ def test_a_stopped_server_leaves_its_vms(server: Server, vm: str) -> None:
     assert _boot_id(server, vm) == boot
 
 
+@pytest.mark.firecracker
 def test_a_running_exec_misses_nothing(server: Server, vm: str) -> None:
     script = f"i=0; while [ $i -lt {COUNT} ]; do echo $i; i=$((i+1)); sleep 0.02; done; echo end >&2; exit 5"
     process = server.cli.start("exec", vm, "--", "sh", "-c", script)
@@ -48,12 +52,13 @@ def test_a_running_exec_misses_nothing(server: Server, vm: str) -> None:
         time.sleep(0.5)
         server.start()
         time.sleep(1)
-    out, errors = process.communicate(timeout=90)
+    out, errors = process.communicate(timeout=within(90))
     assert b"".join(head) + out == b"".join(b"%d\n" % n for n in range(COUNT))
     assert process.returncode == 5, errors
     assert errors.endswith(b"end\n") and b"looking for it" in errors, errors
 
 
+@pytest.mark.firecracker
 def test_standard_input_survives_it(server: Server, vm: str) -> None:
     """Some of it had been sent, some acknowledged, some neither: each byte arrives once."""
     process = server.cli.start("exec", vm, "--", "sha256sum", stdin=-1)
@@ -73,9 +78,9 @@ def test_standard_input_survives_it(server: Server, vm: str) -> None:
     server.kill9()
     time.sleep(0.3)
     server.start()
-    feeder.join(60)
+    feeder.join(within(60))
     out = process.stdout.read()
-    assert process.wait(60) == 0
+    assert process.wait(within(60)) == 0
     assert out.split()[0].decode() == hashlib.sha256(data).hexdigest()
 
 
@@ -86,7 +91,7 @@ def test_an_exec_that_ended_meanwhile_is_told(server: Server, vm: str) -> None:
     server.kill9()
     time.sleep(2.5)
     server.start()
-    out, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=within(30))
     assert (out, process.returncode) == (b"done\n", 9), errors
 
 
@@ -96,12 +101,13 @@ def _interrupted(server: Server, moment: float, *words: str) -> None:
     time.sleep(moment)
     server.kill9()
     server.start()
-    errors = process.communicate(timeout=60)[1].decode()
+    errors = process.communicate(timeout=within(60))[1].decode()
     if process.returncode != 0:
         assert "connecting" in errors, errors
         server.cli(*words).ok()
 
 
+@pytest.mark.firecracker
 def test_killed_at_odd_moments_of_a_create_and_of_a_delete(make_server: Callable[..., Server]) -> None:
     """Whatever it was doing: the next server brings the VM up or takes it away, and nothing is left."""
     server = make_server("odd", "--warm-slots", "0").start()
@@ -117,6 +123,7 @@ def test_killed_at_odd_moments_of_a_create_and_of_a_delete(make_server: Callable
     assert not server.settle(before)
 
 
+@pytest.mark.firecracker
 def test_a_vmm_that_died_while_no_server_ran(server: Server, sibling: str) -> None:
     vm_id = server.cli.inspect(sibling)["id"]
     pids = server.vmm_pids(vm_id)
@@ -125,6 +132,6 @@ def test_a_vmm_that_died_while_no_server_ran(server: Server, sibling: str) -> No
         os.kill(pid, signal.SIGKILL)
     until(lambda: not server.vmm_pids(vm_id), what="the VMM's end")
     server.start()
-    server.cli("wait", "--for", "failed", "--timeout", "10s", sibling).ok()
+    server.cli("wait", "--for", "failed", "--timeout", f"{within(10):.0f}s", sibling).ok()
     assert server.cli.inspect(sibling)["failure"]["during"] == "running"
     server.cli("start", sibling).ok()

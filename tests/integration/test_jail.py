@@ -11,6 +11,7 @@ import pytest
 
 from harness.server import Server
 
+pytestmark = pytest.mark.firecracker
 #: Devices by major and minor number: null, urandom, tun, kvm.
 DEVICES = {(1, 3): "null", (1, 9): "urandom", (10, 200): "tun", (10, 232): "kvm"}
 #: What the kernel calls descriptors that lead to no file.

@@ -13,8 +13,8 @@ import pytest
 from harness import images
 from harness.api import Api
 from harness.cli import Cli
-from harness.server import ASSETS, Server
-from harness.tools import until
+from harness.server import ASSETS, VMM, Server
+from harness.tools import until, within
 
 
 def _uids(server: Server, vm: str) -> set[str]:
@@ -27,6 +27,7 @@ def _netns(server: Server, vm: str) -> set[str]:
     return {os.readlink(f"/proc/{pid}/ns/net") for pid in server.vmm_pids(server.cli.inspect(vm)["id"])}
 
 
+@pytest.mark.firecracker
 def test_two_vms_share_nothing(server: Server, vm: str, sibling: str) -> None:
     one, other = server.cli.inspect(vm), server.cli.inspect(sibling)
     assert one["address"] != other["address"]
@@ -41,6 +42,7 @@ def test_two_vms_share_nothing(server: Server, vm: str, sibling: str) -> None:
     assert server.cli.sh(vm, "cat /srv/mark").ok().text == "one\n"
 
 
+@pytest.mark.firecracker
 def test_stop_and_start_keep_the_disk(server: Server, sibling: str) -> None:
     server.cli.sh(sibling, "echo kept > /root/kept; dd if=/dev/urandom of=/root/big bs=1M count=8 2>/dev/null").ok()
     digest = server.cli.sh(sibling, "sha256sum /root/big").ok().text
@@ -59,13 +61,14 @@ def test_stop_and_start_keep_the_disk(server: Server, sibling: str) -> None:
     assert {"preparing", "booting"} <= timings and any(name.startswith("booting.") for name in timings)
 
 
+@pytest.mark.firecracker
 def test_a_killed_vmm_is_noticed_and_told(server: Server, sibling: str) -> None:
     server.cli.sh(sibling, "echo the last words > /dev/console; sleep 0.5").ok()
     vm_id = server.cli.inspect(sibling)["id"]
     running = server.cli.start("exec", sibling, "--", "sleep", "100")
     for pid in server.vmm_pids(vm_id):
         os.kill(pid, signal.SIGKILL)
-    server.cli("wait", "--for", "failed", "--timeout", "10s", sibling).ok()
+    server.cli("wait", "--for", "failed", "--timeout", f"{within(10):.0f}s", sibling).ok()
     failure = server.cli.inspect(sibling)["failure"]
     assert failure["during"] == "running"
     assert "ended by itself" in failure["message"] and "signal 9" in failure["message"], failure
@@ -74,7 +77,7 @@ def test_a_killed_vmm_is_noticed_and_told(server: Server, sibling: str) -> None:
     kinds = [event["message"] for event in server.cli("events", "-o", "json", sibling).ok().lines]
     assert any("running → failed" in message for message in kinds), kinds
     # Who was attached is told, and is not left waiting.
-    errors = running.communicate(timeout=30)[1].decode()
+    errors = running.communicate(timeout=within(30))[1].decode()
     assert running.returncode == 125 and "failed" in errors, f"exit {running.returncode}: {errors}"
     server.cli("exec", sibling, "--", "true").fails(125, "failed")
     server.cli("start", sibling).ok()
@@ -99,7 +102,7 @@ def test_create_twice_with_one_request_id_is_one_vm(server: Server) -> None:
         assert "another body" in refused.value.details()
     # A delete wins while it boots, at once.
     gone = server.cli("rm", "twice").ok()
-    assert gone.seconds < 5
+    assert gone.seconds < within(5)
 
 
 def test_prefixes_labels_and_pages(server: Server, vm: str, sibling: str) -> None:
@@ -147,7 +150,7 @@ def broken(make_server: Callable[..., Server], workdir: Path) -> Callable[..., t
 
     def make(name: str, *options: object) -> tuple[Server, Path]:
         store = images.copy(ASSETS, workdir / f"{name}-images")
-        return make_server(name, "--vmm", "qemu", *options, image_dir=store), store
+        return make_server(name, "--vmm", VMM, *options, image_dir=store), store
 
     return make
 
@@ -160,6 +163,7 @@ def _fails_to_boot(cli: Cli, *words: str) -> dict[str, object]:
     return dict(found["failure"])
 
 
+@pytest.mark.firecracker
 def test_a_kernel_that_panics(broken: Callable[..., tuple[Server, Path]]) -> None:
     """Right in digest and size: an initramfs with nothing in it. The console's last lines say what the kernel said."""
     server, store = broken("panics")
@@ -238,9 +242,9 @@ def test_stopping_ends_what_runs(server: Server, sibling: str) -> None:
     assert deaf.stdout is not None
     assert deaf.stdout.readline() == b"deaf\n"
     stopped = server.cli("stop", "--grace", "4s", sibling).ok()
-    assert stopped.seconds < 8
+    assert stopped.seconds < within(8)
     for process, code in ((gentle, 143), (deaf, 137)):
-        errors = process.communicate(timeout=10)[1].decode()
+        errors = process.communicate(timeout=within(10))[1].decode()
         assert process.returncode == code, errors
 
 
@@ -248,20 +252,21 @@ def test_deleting_ends_what_runs(server: Server, sibling: str) -> None:
     running = server.cli.start("exec", sibling, "--", "sh", "-c", "echo up; sleep 100")
     assert running.stdout is not None
     assert running.stdout.readline() == b"up\n"
-    assert server.cli("rm", sibling).ok().seconds < 5
-    errors = running.communicate(timeout=10)[1].decode()
+    assert server.cli("rm", sibling).ok().seconds < within(5)
+    errors = running.communicate(timeout=within(10))[1].decode()
     assert running.returncode == 125 and "deleted" in errors, errors
 
 
+@pytest.mark.firecracker
 def test_a_vmm_that_does_not_react(server: Server, sibling: str) -> None:
     """Stopped by a signal, it hears nothing: stop waits for its grace, delete for nothing."""
     (pid,) = server.vmm_pids(server.cli.inspect(sibling)["id"])
     os.kill(pid, signal.SIGSTOP)
-    assert 1 < server.cli("stop", "--grace", "2s", sibling).ok().seconds < 6
+    assert 1 < server.cli("stop", "--grace", "2s", sibling).ok().seconds < within(6)
     server.cli("start", sibling).ok()
     (pid,) = server.vmm_pids(server.cli.inspect(sibling)["id"])
     os.kill(pid, signal.SIGSTOP)
-    assert server.cli("rm", sibling).ok().seconds < 3
+    assert server.cli("rm", sibling).ok().seconds < within(3)
 
 
 def test_interrupted_while_it_boots(server: Server) -> None:
@@ -269,6 +274,6 @@ def test_interrupted_while_it_boots(server: Server) -> None:
     process = server.cli.start("run", "--rm", "--name", "early", "debian", "--", "true")
     until(lambda: [vm for vm in server.cli.ls() if vm["name"] == "early"], what="the VM")
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=15)
+    process.communicate(timeout=within(15))
     assert process.returncode == 130
     assert not server.settle(before)

@@ -16,7 +16,7 @@ import pytest
 from harness import images
 from harness.api import Api
 from harness.cli import binaries
-from harness.server import ASSETS, Server
+from harness.server import ASSETS, VMM, Server
 from harness.tools import run, until
 
 
@@ -69,7 +69,7 @@ def test_sockets_are_for_root_and_the_group(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def second(session_server: Callable[..., Server]) -> Server:
-    return session_server("second", "--vmm", "qemu", "--on-stop", "drain").start()
+    return session_server("second", "--vmm", VMM, "--on-stop", "drain").start()
 
 
 def test_two_servers_side_by_side(server: Server, second: Server, vm: str) -> None:
@@ -256,7 +256,7 @@ def test_another_file_system_for_images(make_server: Callable[..., Server]) -> N
 
 
 def test_no_such_image_directory(make_server: Callable[..., Server]) -> None:
-    server = make_server("noimages", "--vmm", "qemu", image_dir=Path("/nowhere/images"))
+    server = make_server("noimages", "--vmm", VMM, image_dir=Path("/nowhere/images"))
     server.start()
     server.cli("create", "debian").fails(1, "/nowhere/images", "--image-dir")
     server.stop()
@@ -298,7 +298,7 @@ def small(make_server: Callable[..., Server], workdir: Path) -> Iterator[Server]
     images.set_boot_file(store, "kernel", Path("/bin/true").read_bytes())
     images.set_boot_file(store, "initramfs", images.cpio({}))
     _tiny_image(store)
-    server = make_server("small/state", "--vmm", "qemu", image_dir=store)
+    server = make_server("small/state", "--vmm", VMM, image_dir=store)
     yield server
     server.close()
     run("umount", "-l", base)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from .tools import REPO
+from .tools import REPO, within
 
 
 def binaries() -> Path:
@@ -79,7 +79,7 @@ class Cli:
         given = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin or subprocess.DEVNULL}
         began = time.monotonic()
         done = subprocess.run(
-            words, capture_output=True, timeout=timeout, env={**self.environment(), **(env or {})}, check=False, **given
+            words, capture_output=True, timeout=within(timeout), env={**self.environment(), **(env or {})}, check=False, **given
         )
         spent = time.monotonic() - began
         return Result(words[1:], done.returncode, done.stdout, done.stderr.decode(errors="replace"), spent)

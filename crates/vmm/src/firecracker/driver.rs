@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use clawpot_core::ports::{Capabilities, GuestEndpoint, Machine, Seat, Vmm};
@@ -26,6 +27,9 @@ pub struct Config {
     pub jailer: Option<PathBuf>,
     /// Directories to look in, as `$PATH` has them; then the system's own.
     pub path: Option<OsString>,
+    /// How long a probe VM's kernel may take until it speaks; [`probe::LIMIT`] when unset. A slow host is told from one that
+    /// runs no guests by this alone.
+    pub probe_limit: Option<Duration>,
 }
 
 impl Config {
@@ -53,6 +57,7 @@ pub struct Firecracker {
     toolbox: Toolbox,
     state: PathBuf,
     instance: InstanceId,
+    probe_limit: Duration,
 }
 
 impl Firecracker {
@@ -63,7 +68,8 @@ impl Firecracker {
         let (program, jailer) = config.find().map_err(|error| error.context("looking for Firecracker"))?;
         let toolbox = Toolbox::install(&program, &jailer, &state.join("firecracker")).await?;
         let jails = Jails::new(state, instance, VmmKind::Firecracker, consoles)?;
-        let driver = Self { jails, toolbox, state: state.to_owned(), instance: instance.clone() };
+        let probe_limit = config.probe_limit.unwrap_or(probe::LIMIT);
+        let driver = Self { jails, toolbox, state: state.to_owned(), instance: instance.clone(), probe_limit };
         for warning in driver.warnings() {
             tracing::warn!(firecracker = %program.display(), "{warning}");
         }
@@ -85,7 +91,8 @@ impl Firecracker {
 
     /// Boots `kernel` once, without devices, and tells whether it ran: see [`probe`].
     pub async fn probe(&self, kernel: &Path, initramfs: &Path) -> Result<probe::Probed> {
-        probe::run(&self.toolbox, &self.state, &self.instance, kernel, initramfs).await
+        let subject = probe::Subject { kernel, initramfs, limit: self.probe_limit };
+        probe::run(&self.toolbox, &self.state, &self.instance, &subject).await
     }
 
     /// The copy of the program that machines are started with; its digest is the VMM's.

@@ -29,7 +29,7 @@ use crate::jail::{INITRAMFS, KERNEL};
 /// From the start to the kernel's first line: 0.9–1.6 s were measured on an emulated AMD CPU, the slowest host there is, and
 /// 3.5 s on it under load. Too short a time would keep a good host from Firecracker until it boots anew; where no guest runs,
 /// the first start after a boot waits for all of it.
-const LIMIT: Duration = Duration::from_secs(8);
+pub const LIMIT: Duration = Duration::from_secs(8);
 /// What the kernel says first.
 const FIRST_WORDS: &[u8] = b"Linux version";
 /// As much as is kept of what was said, bytes.
@@ -63,14 +63,16 @@ impl fmt::Display for Probed {
     }
 }
 
+/// What is booted, and how long it may take until it speaks.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject<'a> {
+    pub kernel: &'a Path,
+    pub initramfs: &'a Path,
+    pub limit: Duration,
+}
+
 /// Leaves nothing behind. An error is a probe that could not be made.
-pub async fn run(
-    toolbox: &Toolbox,
-    state: &Path,
-    instance: &InstanceId,
-    kernel: &Path,
-    initramfs: &Path,
-) -> Result<Probed> {
+pub async fn run(toolbox: &Toolbox, state: &Path, instance: &InstanceId, subject: &Subject<'_>) -> Result<Probed> {
     let place = Place {
         dir: state.join("jail").join(PROGRAM).join(NAME),
         base: state.join("jail"),
@@ -78,7 +80,7 @@ pub async fn run(
     };
     // An earlier one may have been interrupted.
     place.clear().await?;
-    let probed = place.probe(toolbox, kernel, initramfs).await;
+    let probed = place.probe(toolbox, subject).await;
     let cleared = place.clear().await;
     match (probed, cleared) {
         (Ok(probed), Ok(())) => Ok(probed),
@@ -96,8 +98,8 @@ struct Place {
 }
 
 impl Place {
-    async fn probe(&self, toolbox: &Toolbox, kernel: &Path, initramfs: &Path) -> Result<Probed> {
-        self.furnish(toolbox, kernel, initramfs)?;
+    async fn probe(&self, toolbox: &Toolbox, subject: &Subject<'_>) -> Result<Probed> {
+        self.furnish(toolbox, subject)?;
         self.cgroup.create(&Limits::default())?;
         let (console, output) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
             .map_err(|errno| Error::io("making a pipe", errno.into()))?;
@@ -111,7 +113,7 @@ impl Place {
         let site = Site { id: NAME, dir: &self.dir, cgroup: &self.cgroup };
         let booted = boot::boot(&site, &seat()).await;
         let heard = match &booted {
-            Ok(()) => console.hear(FIRST_WORDS, start + LIMIT).await?,
+            Ok(()) => console.hear(FIRST_WORDS, start + subject.limit).await?,
             // Its last words say why.
             Err(_) => console.hear(FIRST_WORDS, Instant::now() + Duration::from_millis(100)).await?,
         };
@@ -122,19 +124,21 @@ impl Place {
             (true, _) => Ok(Probed::GuestRan(after)),
             (false, Err(error)) => Ok(Probed::Refused(with_words(error.chain(), &console.last_words()))),
             (false, Ok(())) => {
-                let silent =
-                    format!("Firecracker says it runs, but its kernel did not speak within {} s", LIMIT.as_secs());
+                let silent = format!(
+                    "Firecracker says it runs, but its kernel did not speak within {} s",
+                    subject.limit.as_secs()
+                );
                 Ok(Probed::Silent(with_words(silent, &console.last_words())))
             }
         }
     }
 
-    fn furnish(&self, toolbox: &Toolbox, kernel: &Path, initramfs: &Path) -> Result<()> {
+    fn furnish(&self, toolbox: &Toolbox, subject: &Subject<'_>) -> Result<()> {
         for dir in [self.base.as_path(), &self.base.join(PROGRAM), &self.dir, &self.root()] {
             ensure_dir(dir, 0o700)?;
         }
-        hard_link(kernel, &self.root().join(KERNEL))?;
-        hard_link(initramfs, &self.root().join(INITRAMFS))?;
+        hard_link(subject.kernel, &self.root().join(KERNEL))?;
+        hard_link(subject.initramfs, &self.root().join(INITRAMFS))?;
         toolbox.furnish(&self.root())?;
         let boot = Boot { vcpus: Vcpus::try_from(1)?, memory: MEMORY, boot_args: BOOT_ARGS.to_owned(), devices: false };
         boot::write(&self.dir, &boot)

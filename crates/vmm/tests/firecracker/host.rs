@@ -24,7 +24,7 @@ pub fn programs() -> Result<Config, String> {
     let path = std::env::var_os("PATH");
     find_program("ip", path.as_deref()).map_err(|_| "there is no ip".to_owned())?;
     let named = |variable: &str| std::env::var_os(variable).map(PathBuf::from);
-    let config = Config { program: named("FIRECRACKER_BIN"), jailer: named("JAILER_BIN"), path };
+    let config = Config { program: named("FIRECRACKER_BIN"), jailer: named("JAILER_BIN"), path, ..Config::default() };
     if config.program.is_none() {
         find_program("firecracker", config.path.as_deref())
             .map_err(|_| "there is no firecracker in PATH, and no FIRECRACKER_BIN".to_owned())?;
