@@ -1,5 +1,5 @@
 # The README's commands, for habit.
-.PHONY: demo test test-firecracker lint bench fuzz crash-cycles install uninstall test-packaging
+.PHONY: demo test test-firecracker lint bench fuzz crash-cycles soak install uninstall test-packaging
 
 export PREFIX ?= /usr/local
 export DESTDIR ?=
@@ -11,6 +11,8 @@ lint: ; ./scripts/lint.sh
 bench: ; ./scripts/bench
 fuzz: ; ./scripts/fuzz
 crash-cycles: ; ./scripts/crash-cycles $(N)
+# More of the simulator than scripts/test has: make soak N=5000000 FROM=1000
+soak: ; cargo run --profile sim -p clawpot-simulator -- --operations $(or $(N),5000000) --from $(or $(FROM),0) --all-failpoints
 # ARGS=--enable starts the server too.
 install: ; @BIN_DIR='$(BIN_DIR)' ./packaging/install.sh install $(ARGS)
 uninstall: ; @./packaging/install.sh uninstall

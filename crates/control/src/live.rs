@@ -2,6 +2,7 @@
 //! Lost with the daemon, found again by the runner.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clawpot_core::facts::{Clients, GuestFact};
@@ -41,18 +42,20 @@ impl Lives {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A new VM, or one found at start; returns what wakes its runner.
-    pub fn enter(&self, id: &VmId, now: Timestamp) -> Arc<Notify> {
+    /// A new VM, or one found at start; returns what wakes its runner. `None`: it has one.
+    pub fn enter(&self, id: &VmId, now: Timestamp) -> Option<Arc<Notify>> {
         let mut vms = self.lock();
-        let life = vms.entry(id.clone()).or_insert_with(|| Life {
-            wake: Arc::new(Notify::new()),
+        let Entry::Vacant(place) = vms.entry(id.clone()) else { return None };
+        let wake = Arc::new(Notify::new());
+        place.insert(Life {
+            wake: wake.clone(),
             link: None,
             attached: 0,
             idle_since: now,
             served: false,
             hello: Vec::new(),
         });
-        life.wake.clone()
+        Some(wake)
     }
 
     pub fn leave(&self, id: &VmId) {

@@ -1,6 +1,6 @@
 //! The typed store, and its projection in memory from which reads, lists and watches are served.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clawpot_core::event::Draft;
@@ -65,6 +65,20 @@ struct Projection {
     names: BTreeMap<VmName, VmId>,
     /// From `slots/`, so that a quarantined VM's slot is known too.
     slots: BTreeMap<Slot, VmId>,
+    /// The last VMs that went, oldest first. Their ids are never used again.
+    buried: VecDeque<VmId>,
+}
+
+/// More than can go while an answer of the store is on its way.
+const BURIED: usize = 1024;
+
+impl Projection {
+    fn bury(&mut self, id: &VmId) {
+        if self.buried.len() >= BURIED {
+            self.buried.pop_front();
+        }
+        self.buried.push_back(id.clone());
+    }
 }
 
 pub struct Records {
@@ -215,12 +229,15 @@ impl Records {
             events,
             durability,
         };
-        match self.store.txn(txn).await? {
+        match self.commit(&record.id, txn).await? {
             TxnOutcome::Committed(revision) => {
                 self.publish(revision, record);
                 Ok(Some(revision))
             }
-            TxnOutcome::Conflict { .. } => Ok(None),
+            TxnOutcome::Conflict { .. } => {
+                self.refresh(&record.id).await?;
+                Ok(None)
+            }
         }
     }
 
@@ -240,7 +257,7 @@ impl Records {
             events: vec![event],
             durability: Durability::Full,
         };
-        let outcome = self.store.txn(txn).await?;
+        let outcome = self.commit(&record.id, txn).await?;
         if let TxnOutcome::Committed(revision) = outcome {
             self.publish(revision, record);
         }
@@ -264,19 +281,66 @@ impl Records {
             events,
             durability: Durability::Full,
         };
-        let TxnOutcome::Committed(revision) = self.store.txn(txn).await? else { return Ok(None) };
+        let TxnOutcome::Committed(revision) = self.commit(id, txn).await? else {
+            self.refresh(id).await?;
+            return Ok(None);
+        };
+        self.gone(id, revision);
+        Ok(Some(revision))
+    }
+
+    /// Where the answer is an error, the store is asked whether it was done all the same. Otherwise the projection would stay
+    /// behind for ever, and every later write of this VM would conflict.
+    async fn commit(&self, id: &VmId, txn: Txn) -> Result<TxnOutcome> {
+        let key = vm_key(id);
+        let wanted = txn.ops.iter().find_map(|op| match op {
+            Op::Put { key: put, value } if *put == key => Some(value.clone()),
+            _ => None,
+        });
+        let error = match self.store.txn(txn).await {
+            Err(error) => error,
+            answered => return answered,
+        };
+        match self.stored(id).await {
+            Ok((at, found)) if found.as_ref().map(|entry| &entry.value) == wanted.as_ref() => {
+                Ok(TxnOutcome::Committed(found.map_or(at, |entry| entry.revision)))
+            }
+            Ok(_) | Err(_) => Err(error),
+        }
+    }
+
+    /// The VM's row as the store has it, and the store's revision.
+    async fn stored(&self, id: &VmId) -> Result<(Revision, Option<Entry>)> {
+        let mut listing = self.store.list(&vm_key(id)).await?;
+        match listing.unreadable.pop() {
+            Some(bad) => Err(bad.error),
+            None => Ok((listing.revision, listing.entries.pop())),
+        }
+    }
+
+    /// Takes over what the store says of the VM: somebody else changed it, and may never hear that it was done.
+    pub(crate) async fn refresh(&self, id: &VmId) -> Result<()> {
+        match self.stored(id).await? {
+            (_, Some(entry)) => self.publish(entry.revision, VmRecord::decode(&entry.value)?),
+            (at, None) => self.gone(id, at),
+        }
+        Ok(())
+    }
+
+    fn gone(&self, id: &VmId, revision: Revision) {
         let last = {
             let mut projection = self.lock();
             projection.names.retain(|_, owner| owner != id);
             projection.slots.retain(|_, owner| owner != id);
+            projection.bury(id);
             projection.rows.remove(id)
         };
         let last = match last {
             Some(Row::Known { record, .. }) => Some(record),
-            _ => None,
+            Some(Row::Unreadable { .. }) => None,
+            None => return,
         };
         self.tell(Changed { id: id.clone(), revision, row: None, last });
-        Ok(Some(revision))
     }
 
     fn publish(&self, revision: Revision, record: VmRecord) {
@@ -284,8 +348,9 @@ impl Records {
         let row = Row::Known { revision, record: Arc::new(record) };
         {
             let mut projection = self.lock();
-            // Two writers' commits may arrive here in either order; the later revision stays.
-            if projection.rows.get(&id).is_some_and(|known| known.revision() > revision) {
+            // Two writers' commits may arrive here in either order; the later revision stays, and what is gone stays gone.
+            let newer = projection.rows.get(&id).is_some_and(|known| known.revision() >= revision);
+            if newer || projection.buried.contains(&id) {
                 return;
             }
             if let Row::Known { record, .. } = &row {

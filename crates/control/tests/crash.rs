@@ -279,3 +279,61 @@ async fn a_silent_guest_after_a_restart_is_no_obstacle() {
     house.delete(&id).await;
     house.check_empty();
 }
+
+/// The store did what it was asked and its answer was lost: each of a life's writes in turn. Found by the simulator: the daemon
+/// went on with what it had known before, and none of its later writes was taken.
+#[tokio::test(start_paused = true)]
+async fn a_lost_answer_of_the_store_is_found_out() {
+    for nth in 1..=9 {
+        let house = House::new().await;
+        house.faults.at(Method::StoreTxn, nth, Injection::ErrorAfter(Kind::Unavailable));
+        let id = house.create("web").await;
+        house.until(&id, Some(Phase::Running)).await;
+        assert_eq!(house.exec(&id, &["true"]).await.unwrap().0, ExecEnd::Code(0));
+        house.stop(&id).await;
+        house.delete(&id).await;
+        house.check_empty();
+    }
+}
+
+/// As above, and the store cannot be asked either: whoever creates is told that it failed, and the VM that there is after all
+/// comes up, is found by the same request, and can be deleted.
+#[tokio::test(start_paused = true)]
+async fn a_create_that_nobody_heard_of_is_found_out() {
+    for asked_again in [false, true] {
+        let house = House::new().await;
+        house.faults.at(Method::StoreTxn, 1, Injection::ErrorAfter(Kind::Unavailable));
+        // The second: the first one reads what was asked before.
+        house.faults.at(Method::StoreList, 1, Injection::Error(Kind::Unavailable));
+        let error = refused(house.try_create("r-1", &wanted("web")).await);
+        assert_eq!(error.kind(), Kind::Unavailable);
+        let id = match asked_again {
+            true => house.try_create("r-1", &wanted("web")).await.unwrap(),
+            false => {
+                tokio::time::sleep(Duration::from_secs(5)).await;
+                house.service().get("web").unwrap().0
+            }
+        };
+        house.until(&id, Some(Phase::Running)).await;
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert_eq!(house.faults.count(Method::VmmStart), 1, "one runner");
+        house.delete(&id).await;
+        house.check_empty();
+    }
+}
+
+/// The store is slow to tell one writer that it was done; another one is not kept asking in the meantime. Found by the simulator,
+/// which never came back.
+#[tokio::test(start_paused = true)]
+async fn a_slow_answer_of_the_store_makes_nobody_spin() {
+    let house = House::new().await;
+    let id = house.create("web").await;
+    house.faults.at(Method::StoreTxn, 1, Injection::DelayAfter(Duration::from_secs(5)));
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    let before = house.faults.count(Method::StoreTxn);
+    house.service().stop(id.as_str(), Millis(0), "uid=0").await.unwrap();
+    assert!(house.faults.count(Method::StoreTxn) - before < 5);
+    house.until(&id, Some(Phase::Stopped)).await;
+    house.delete(&id).await;
+    house.check_empty();
+}

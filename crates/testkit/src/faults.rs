@@ -1,11 +1,11 @@
 //! What goes wrong, and when: every call of every fake passes through one [`Faults`].
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use clawpot_types::{Error, Kind, Result};
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
 /// The methods of the ports that have an effect or take a look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,6 +43,39 @@ pub enum Method {
 }
 
 impl Method {
+    pub const ALL: [Self; 30] = [
+        Self::ImagesResolve,
+        Self::ImagesLook,
+        Self::ImagesEnsure,
+        Self::ImagesLookDisk,
+        Self::ImagesCreateDisk,
+        Self::ImagesRemoveDisk,
+        Self::NetLook,
+        Self::NetEnsure,
+        Self::NetRemove,
+        Self::NetList,
+        Self::VmmPrepare,
+        Self::VmmStart,
+        Self::VmmAttach,
+        Self::VmmInspect,
+        Self::VmmStop,
+        Self::VmmDestroy,
+        Self::VmmList,
+        Self::ConsoleTail,
+        Self::ConsoleRead,
+        Self::ConsoleLook,
+        Self::ConsoleErase,
+        Self::GuestHello,
+        Self::GuestExec,
+        Self::GuestShutdown,
+        Self::StoreGet,
+        Self::StoreList,
+        Self::StoreTxn,
+        Self::StoreWatch,
+        Self::EventsList,
+        Self::EventsWatch,
+    ];
+
     /// The steps of a VM's life on the host, each of which can fail or be the last before a crash.
     pub const STEPS: [Self; 12] = [
         Self::ImagesEnsure,
@@ -99,13 +132,34 @@ pub enum Injection {
     HangAfter,
     /// It takes that long, and is done then.
     Delay(Duration),
+    /// It is done at once, and is answered that much later.
+    DelayAfter(Duration),
+    /// The daemon dies before anything is done.
+    CrashBefore,
+    /// It is done, and the daemon dies before it hears so.
+    CrashAfter,
+}
+
+/// Is asked at every call that a living daemon makes what shall go wrong, and told how it was answered. A simulator's way to
+/// have everything go wrong by chance.
+pub trait Director: Send + Sync {
+    fn decide(&self, method: Method) -> Option<Injection>;
+
+    /// `None`: it was done. Not told of calls that are never answered.
+    fn answered(&self, method: Method, error: Option<Kind>);
 }
 
 /// Shared by all fakes of one world. Deterministic: it counts calls and knows no clock of its own.
-#[derive(Debug)]
 pub struct Faults {
     state: Mutex<State>,
-    crashed: watch::Sender<bool>,
+    crashed: Notify,
+    director: OnceLock<Arc<dyn Director>>,
+}
+
+impl std::fmt::Debug for Faults {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Faults").field("state", &self.state).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -115,6 +169,8 @@ struct State {
     always: BTreeMap<Method, Injection>,
     /// Remaining effects until the crash.
     crash_in: Option<u32>,
+    /// One has come, and nobody was told yet.
+    crashed: bool,
     /// Which daemon is alive; calls of earlier ones are never answered.
     life: u64,
     calls: Vec<Method>,
@@ -122,7 +178,7 @@ struct State {
 
 impl Default for Faults {
     fn default() -> Self {
-        Self { state: Mutex::default(), crashed: watch::Sender::new(false) }
+        Self { state: Mutex::default(), crashed: Notify::new(), director: OnceLock::new() }
     }
 }
 
@@ -130,6 +186,11 @@ impl Faults {
     #[must_use]
     pub fn new() -> Arc<Self> {
         Arc::default()
+    }
+
+    /// From now on `director` decides wherever nothing was planned. The first one stays.
+    pub fn direct(&self, director: Arc<dyn Director>) {
+        self.director.get_or_init(|| director);
     }
 
     /// At the `nth` call of `method` from now (1: the next), once.
@@ -162,14 +223,27 @@ impl Faults {
         state.life += 1;
     }
 
+    /// As [`Self::kill_daemon`], and whoever waits in [`Self::crashed`] is told.
+    pub fn crash(&self) {
+        self.kill_daemon();
+        self.fell();
+    }
+
     /// Returns when the planned crash has come; forgets it.
     pub async fn crashed(&self) {
-        let mut crashed = self.crashed.subscribe();
-        // The sender lives in self.
-        if crashed.wait_for(|crashed| *crashed).await.is_err() {
-            std::future::pending::<()>().await;
+        loop {
+            let mut crashed = std::pin::pin!(self.crashed.notified());
+            crashed.as_mut().enable();
+            if std::mem::take(&mut self.lock().crashed) {
+                return;
+            }
+            crashed.await;
         }
-        self.crashed.send_replace(false);
+    }
+
+    fn fell(&self) {
+        self.lock().crashed = true;
+        self.crashed.notify_waiters();
     }
 
     /// Whether a planned crash is still to come.
@@ -220,7 +294,16 @@ impl Faults {
             }
         }
         state.planned.retain(|(_, left, _)| *left > 0);
-        due.or_else(|| state.always.get(&method).copied()).map(Planned::Injected)
+        let due = due.or_else(|| state.always.get(&method).copied());
+        drop(state);
+        due.or_else(|| self.director.get().and_then(|director| director.decide(method))).map(Planned::Injected)
+    }
+
+    fn tell<T>(&self, method: Method, outcome: Result<T>) -> Result<T> {
+        if let Some(director) = self.director.get() {
+            director.answered(method, outcome.as_ref().err().map(Error::kind));
+        }
+        outcome
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -237,29 +320,60 @@ pub struct Line {
 
 impl Line {
     /// A call: `work` with whatever was planned for it.
-    pub(crate) async fn call<T>(&self, method: Method, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        match self.faults.next(self.life, method) {
+    pub async fn call<T>(&self, method: Method, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let outcome = match self.faults.next(self.life, method) {
             None => work(),
             Some(Planned::Dead) => std::future::pending().await,
             Some(Planned::Crash) => {
                 drop(work());
-                self.faults.crashed.send_replace(true);
+                self.faults.fell();
                 std::future::pending().await
             }
-            Some(Planned::Injected(injection)) => match injection {
-                Injection::Error(kind) => Err(injected(method, kind)),
-                Injection::ErrorAfter(kind) => work().and(Err(injected(method, kind))),
-                Injection::Hang => std::future::pending().await,
-                Injection::HangAfter => {
-                    drop(work());
-                    std::future::pending().await
-                }
-                Injection::Delay(time) => {
-                    tokio::time::sleep(time).await;
-                    // It may have died meanwhile.
-                    if self.faults.lock().life == self.life { work() } else { std::future::pending().await }
-                }
-            },
+            Some(Planned::Injected(injection)) => self.injected(method, injection, work).await,
+        };
+        self.faults.tell(method, outcome)
+    }
+
+    async fn injected<T>(
+        &self,
+        method: Method,
+        injection: Injection,
+        work: impl FnOnce() -> Result<T> + Send,
+    ) -> Result<T> {
+        match injection {
+            Injection::Error(kind) => Err(failure(method, kind)),
+            Injection::ErrorAfter(kind) => work().and(Err(failure(method, kind))),
+            Injection::Hang => std::future::pending().await,
+            Injection::HangAfter => {
+                drop(work());
+                std::future::pending().await
+            }
+            Injection::Delay(time) => {
+                self.sleep(time).await;
+                work()
+            }
+            Injection::DelayAfter(time) => {
+                let outcome = work();
+                self.sleep(time).await;
+                outcome
+            }
+            Injection::CrashBefore => {
+                self.faults.crash();
+                std::future::pending().await
+            }
+            Injection::CrashAfter => {
+                drop(work());
+                self.faults.crash();
+                std::future::pending().await
+            }
+        }
+    }
+
+    /// Never returns when the daemon died meanwhile.
+    async fn sleep(&self, time: Duration) {
+        tokio::time::sleep(time).await;
+        if self.faults.lock().life != self.life {
+            std::future::pending().await
         }
     }
 }
@@ -271,6 +385,6 @@ enum Planned {
     Dead,
 }
 
-fn injected(method: Method, kind: Kind) -> Error {
+fn failure(method: Method, kind: Kind) -> Error {
     Error::new(kind, format!("{method:?}: injected failure"))
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clawpot_core::{MachineId, VmmEnd};
 use clawpot_types::{Digest, ExecId, MiB, Slot, VmId};
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::faults::Faults;
@@ -35,8 +35,8 @@ pub enum Shutdown {
 pub struct FakeHost {
     pub faults: Arc<Faults>,
     inventory: Mutex<Inventory>,
-    /// Bumped at every change that somebody may wait for.
-    changed: watch::Sender<u64>,
+    /// At every change that somebody may wait for. No `watch`: that wakes its waiters in an order of its own choice.
+    changed: Notify,
 }
 
 #[derive(Debug)]
@@ -107,7 +107,7 @@ impl FakeHost {
             violations: Vec::new(),
             disks_made: 0,
         };
-        Arc::new(Self { faults, inventory: Mutex::new(inventory), changed: watch::Sender::new(0) })
+        Arc::new(Self { faults, inventory: Mutex::new(inventory), changed: Notify::new() })
     }
 
     /// How guests started from now on behave.
@@ -213,6 +213,26 @@ impl FakeHost {
         inventory.machines.iter().filter(|(_, machine)| lives(machine)).map(|(id, _)| id.clone()).collect()
     }
 
+    /// Machines that exist, living or not.
+    #[must_use]
+    pub fn machines(&self) -> Vec<MachineId> {
+        self.lock().machines.keys().cloned().collect()
+    }
+
+    /// Living machines whose guest answers, or will.
+    #[must_use]
+    pub fn answering(&self) -> Vec<MachineId> {
+        let inventory = self.lock();
+        let answers = |machine: &FakeMachine| matches!(machine.process, FakeProcess::Lives { ready_at: Some(_), .. });
+        inventory.machines.iter().filter(|(_, machine)| answers(machine)).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Slots of which something exists.
+    #[must_use]
+    pub fn slots(&self) -> BTreeSet<Slot> {
+        self.lock().slots.clone()
+    }
+
     /// Everything that exists for some VM, one line each. Empty after the last VM was deleted, or something leaks.
     #[must_use]
     pub fn left_behind(&self) -> Vec<String> {
@@ -245,14 +265,16 @@ impl FakeHost {
 
     pub(crate) fn change<T>(&self, work: impl FnOnce(&mut Inventory) -> T) -> T {
         let result = work(&mut self.lock());
-        self.changed.send_modify(|count| *count += 1);
+        self.changed.notify_waiters();
         result
     }
 
     /// Returns when `look` finds something, which it is asked after every change and when a process ends by itself.
     pub(crate) async fn wait_for<T>(&self, mut look: impl FnMut(&Inventory) -> Option<T> + Send) -> T {
-        let mut changed = self.changed.subscribe();
         loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            // From now on, so that nothing between the look and the wait is missed.
+            changed.as_mut().enable();
             let next_end = {
                 let inventory = self.lock();
                 if let Some(found) = look(&inventory) {
@@ -263,10 +285,9 @@ impl FakeHost {
             match next_end {
                 Some(at) => {
                     // A timeout is as good a reason to look again as a change.
-                    let _woken = tokio::time::timeout_at(at, changed.changed()).await.is_ok();
+                    let _woken = tokio::time::timeout_at(at, changed).await.is_ok();
                 }
-                None if changed.changed().await.is_err() => std::future::pending::<()>().await,
-                None => {}
+                None => changed.await,
             }
         }
     }

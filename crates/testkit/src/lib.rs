@@ -19,7 +19,7 @@ pub mod store;
 pub mod time;
 pub mod vmm;
 
-pub use faults::{Faults, Injection, Line, Method};
+pub use faults::{Director, Faults, Injection, Line, Method};
 pub use guest::FakeGuest;
 pub use host::{Boot, FakeHost, Shutdown};
 pub use images::FakeImages;

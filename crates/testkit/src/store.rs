@@ -11,7 +11,7 @@ use clawpot_core::ports::{
 };
 use clawpot_types::{Error, Kind, Result, Revision, Timestamp, VmId};
 use futures_util::StreamExt as _;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
 use crate::faults::{Faults, Line, Method};
 
@@ -40,8 +40,8 @@ pub struct FakeStore {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// Bumped at every commit.
-    grew: watch::Sender<u64>,
+    /// At every commit.
+    grew: Notify,
 }
 
 #[derive(Debug)]
@@ -80,7 +80,7 @@ impl FakeStore {
             events_floor: 0,
             events_written: 0,
         };
-        let shared = Shared { state: Mutex::new(state), grew: watch::Sender::new(0) };
+        let shared = Shared { state: Mutex::new(state), grew: Notify::new() };
         Arc::new(Self { line: faults.line(), shared: Arc::new(shared), epoch })
     }
 
@@ -132,7 +132,7 @@ impl Shared {
     }
 
     fn grown(&self) {
-        self.grew.send_modify(|count| *count += 1);
+        self.grew.notify_waiters();
     }
 }
 
@@ -167,7 +167,9 @@ impl State {
             txn.events.iter().for_each(|draft| self.append(draft));
             let floor = self.revision.saturating_sub(u64::try_from(self.kept.changes).unwrap_or(u64::MAX));
             self.changes_floor = self.changes_floor.max(floor);
-            self.changes.retain(|change| change.revision.0 > floor);
+            while self.changes.front().is_some_and(|change| change.revision.0 <= floor) {
+                self.changes.pop_front();
+            }
         }
         Ok(TxnOutcome::Committed(Revision(self.revision)))
     }
@@ -371,18 +373,22 @@ fn follow<C: Send + 'static, T: Send + 'static>(
     cursor: C,
     next: impl Fn(&State, &mut C) -> Option<Result<T>> + Send + Sync + 'static,
 ) -> BoxStream<Result<T>> {
-    let grew = shared.grew.subscribe();
-    let start = Some((Arc::clone(shared), grew, cursor, Arc::new(next)));
+    let start = Some((Arc::clone(shared), cursor, Arc::new(next)));
     futures_util::stream::unfold(start, |state| async move {
-        let (shared, mut grew, mut cursor, next) = state?;
+        let (shared, mut cursor, next) = state?;
         loop {
-            grew.mark_unchanged();
-            let found = next(&shared.lock(), &mut cursor);
+            let found = {
+                let mut grew = std::pin::pin!(shared.grew.notified());
+                grew.as_mut().enable();
+                let found = next(&shared.lock(), &mut cursor);
+                if found.is_none() {
+                    grew.await;
+                }
+                found
+            };
             match found {
-                Some(Ok(thing)) => return Some((Ok(thing), Some((shared, grew, cursor, next)))),
+                Some(Ok(thing)) => return Some((Ok(thing), Some((shared, cursor, next)))),
                 Some(Err(error)) => return Some((Err(error), None)),
-                // The sender lives in `shared`.
-                None if grew.changed().await.is_err() => return None,
                 None => {}
             }
         }

@@ -1,6 +1,6 @@
 //! Time and chance, both under the test's control.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use clawpot_core::ports::{Clock, Ids};
@@ -14,31 +14,36 @@ pub const START: Timestamp = Timestamp(1_800_000_000_000_000);
 pub struct FakeClock {
     follows: Option<tokio::time::Instant>,
     /// Microseconds that it was moved by hand.
-    moved: AtomicU64,
+    moved: AtomicI64,
 }
 
 impl FakeClock {
     /// Stands still until [`Self::advance`].
     #[must_use]
     pub fn manual() -> Self {
-        Self { follows: None, moved: AtomicU64::new(0) }
+        Self { follows: None, moved: AtomicI64::new(0) }
     }
 
     /// Goes as tokio's clock goes; for tests with `start_paused`.
     #[must_use]
     pub fn following_tokio() -> Self {
-        Self { follows: Some(tokio::time::Instant::now()), moved: AtomicU64::new(0) }
+        Self { follows: Some(tokio::time::Instant::now()), moved: AtomicI64::new(0) }
     }
 
     pub fn advance(&self, by: Duration) {
-        self.moved.fetch_add(u64::try_from(by.as_micros()).unwrap_or(u64::MAX), Ordering::SeqCst);
+        self.jump(i64::try_from(by.as_micros()).unwrap_or(i64::MAX));
+    }
+
+    /// By so many microseconds, backwards too, as somebody sets a host's clock.
+    pub fn jump(&self, micros: i64) {
+        self.moved.fetch_add(micros, Ordering::SeqCst);
     }
 }
 
 impl Clock for FakeClock {
     fn now(&self) -> Timestamp {
         let gone = self.follows.map_or(Duration::ZERO, |start| start.elapsed());
-        START.after(gone).after(Duration::from_micros(self.moved.load(Ordering::SeqCst)))
+        Timestamp(START.after(gone).0.saturating_add_signed(self.moved.load(Ordering::SeqCst)))
     }
 }
 
@@ -60,7 +65,7 @@ impl FakeIds {
 }
 
 /// Spreads a counter over all 64 bits (an odd multiplier and two shifts; no randomness is promised).
-pub(crate) fn mix(number: u64) -> u64 {
+pub fn mix(number: u64) -> u64 {
     let spread = number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let spread = (spread ^ (spread >> 31)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     spread ^ (spread >> 29)

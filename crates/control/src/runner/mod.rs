@@ -23,6 +23,10 @@ use crate::{Deps, service};
 /// How long a step that had to be repeated rests first; doubled up to the limits' `retry`.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 
+/// Deadlines are on the wall clock, which may be set, and which goes on while the host is suspended; a sleep knows nothing of
+/// either. So late is a deadline at most.
+const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+
 pub(crate) struct Runner {
     pub(crate) deps: Deps,
     pub(crate) records: Arc<Records>,
@@ -59,7 +63,7 @@ impl Runner {
                 Turn::Again => pause = FIRST_PAUSE,
                 Turn::Rest(until) => {
                     pause = FIRST_PAUSE;
-                    let limit = until.map(|until| until.since(self.deps.clock.now()));
+                    let limit = until.map(|until| until.since(self.deps.clock.now()).min(LONGEST_SLEEP));
                     self.rest(&record, &facts, limit).await;
                 }
                 Turn::Pause => {

@@ -76,7 +76,7 @@ impl Service {
         if let Some(key) = &request_key
             && let Some(earlier) = self.records.store().get(key).await?
         {
-            return self.repeated(&earlier.value, &body);
+            return self.repeated(&earlier.value, &body).await;
         }
         let image = self.deps.images.resolve(&body.spec.image).await?;
         for _ in 0..ATTEMPTS {
@@ -86,7 +86,8 @@ impl Service {
                 None => None,
             };
             let created = event(&self.deps, &record, "vm.create", told(&record), actor);
-            match self.records.insert(record.clone(), extra, created).await? {
+            let outcome = self.records.insert(record.clone(), extra, created).await;
+            match outcome.inspect_err(|_| self.find_out(record.id.clone()))? {
                 TxnOutcome::Committed(revision) => {
                     failpoint::reached(Point::Accepted);
                     self.run(&record.id);
@@ -163,10 +164,11 @@ impl Service {
     async fn same_moment(&self, key: &str, body: &CreateVm) -> Result<(Revision, Arc<VmRecord>)> {
         for _ in 0..ATTEMPTS {
             let earlier = self.records.store().get(key).await?;
-            match earlier.map(|earlier| self.repeated(&earlier.value, body)) {
-                Some(Err(error)) if error.kind() == Kind::NotFound => {}
-                Some(done) => return done,
-                None => {}
+            if let Some(earlier) = earlier {
+                match self.repeated(&earlier.value, body).await {
+                    Err(error) if error.kind() == Kind::NotFound => {}
+                    done => return done,
+                }
             }
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }
@@ -174,11 +176,16 @@ impl Service {
             .hint("repeat it with the same request_id"))
     }
 
-    fn repeated(&self, earlier: &[u8], body: &CreateVm) -> Result<(Revision, Arc<VmRecord>)> {
+    async fn repeated(&self, earlier: &[u8], body: &CreateVm) -> Result<(Revision, Arc<VmRecord>)> {
         let earlier = Request::decode(earlier)?;
         if earlier.body != *body {
             let what = format!("request_id: used before for VM {} with another body", earlier.vm);
             return Err(Error::new(Kind::AlreadyExists, what).hint("use a new request_id for a new request"));
+        }
+        if self.records.get(&earlier.vm).is_none() {
+            // The answer of its create may have been lost on the way from the store.
+            self.records.refresh(&earlier.vm).await?;
+            self.run(&earlier.vm);
         }
         let row = self.records.get(&earlier.vm);
         known(&earlier.vm, row).map_err(|error| error.context("request_id: used before"))

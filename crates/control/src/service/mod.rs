@@ -66,9 +66,12 @@ impl Service {
         &self.records
     }
 
-    /// Gives the VM its runner. Called once per VM: at create, or at start of the daemon.
+    /// Gives the VM its runner, if it is there and has none: at create, or at start of the daemon.
     pub(crate) fn run(&self, id: &VmId) {
-        let wake = self.lives.enter(id, self.deps.clock.now());
+        if self.records.get(id).is_none() {
+            return;
+        }
+        let Some(wake) = self.lives.enter(id, self.deps.clock.now()) else { return };
         let runner = Runner {
             deps: self.deps.clone(),
             records: self.records.clone(),
@@ -118,6 +121,29 @@ impl Service {
                 // The sender is gone only when the daemon is: both mean leave.
                 _ = leaving.wait_for(|leaving| *leaving) => {}
                 () = keep => {}
+            }
+        });
+        self.shared.runners.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+    }
+
+    /// Whether the create of `id` was done is not known, since the store did not say: asked until it does. A VM that is there
+    /// gets its runner.
+    pub(crate) fn find_out(&self, id: VmId) {
+        let (this, mut leaving) = (self.clone(), self.shared.leaving.subscribe());
+        let asking = async move {
+            loop {
+                tokio::time::sleep(this.deps.settings.limits.retry).await;
+                if this.records.refresh(&id).await.is_ok() {
+                    return this.run(&id);
+                }
+            }
+        };
+        let task = tokio::spawn(async move {
+            tokio::select! {
+                biased;
+                // The sender is gone only when the daemon is: both mean leave.
+                _ = leaving.wait_for(|leaving| *leaving) => {}
+                () = asking => {}
             }
         });
         self.shared.runners.lock().unwrap_or_else(PoisonError::into_inner).push(task);

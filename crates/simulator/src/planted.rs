@@ -1,0 +1,167 @@
+//! Three bugs, to see that they are found. They are in the ports' wrappers: no code of the product knows them.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use clawpot_core::ports::{
+    BootFiles, Capabilities, GuestEndpoint, ImageInfo, Images, Machine, Net, Seat, UnreadableImage, Vmm,
+};
+use clawpot_core::{Fact, ImagePin, MachineId, VmmFact};
+use clawpot_types::{ImageRef, MiB, Result, Slot, VmId};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Planted {
+    /// Removing a disk is forgotten: said to be done, and not seen any more.
+    SkippedUndo,
+    /// Two slots are the same one.
+    SlotTwice,
+    /// Nobody is woken when a VMM ends by itself.
+    LostWakeUp,
+}
+
+impl Planted {
+    pub const ALL: [Self; 3] = [Self::SkippedUndo, Self::SlotTwice, Self::LostWakeUp];
+
+    #[must_use]
+    pub(crate) fn into_ports(
+        self,
+        vmm: Arc<dyn Vmm>,
+        net: Arc<dyn Net>,
+        images: Arc<dyn Images>,
+    ) -> (Arc<dyn Vmm>, Arc<dyn Net>, Arc<dyn Images>) {
+        match self {
+            Self::SkippedUndo => (vmm, net, Arc::new(Forgetful { images, forgotten: Mutex::default() })),
+            Self::SlotTwice => (vmm, Arc::new(Doubled(net)), images),
+            Self::LostWakeUp => (Arc::new(Deaf(vmm)), net, images),
+        }
+    }
+}
+
+struct Forgetful {
+    images: Arc<dyn Images>,
+    forgotten: Mutex<BTreeSet<VmId>>,
+}
+
+#[async_trait]
+impl Images for Forgetful {
+    async fn resolve(&self, image: &ImageRef) -> Result<ImagePin> {
+        self.images.resolve(image).await
+    }
+
+    async fn look(&self, pin: &ImagePin) -> Result<Option<()>> {
+        self.images.look(pin).await
+    }
+
+    async fn ensure(&self, pin: &ImagePin) -> Result<BootFiles> {
+        self.images.ensure(pin).await
+    }
+
+    async fn list(&self) -> Result<(Vec<ImageInfo>, Vec<UnreadableImage>)> {
+        self.images.list().await
+    }
+
+    fn disk_path(&self, vm: &VmId) -> PathBuf {
+        self.images.disk_path(vm)
+    }
+
+    async fn look_disk(&self, vm: &VmId) -> Result<Option<()>> {
+        if self.forgotten.lock().unwrap_or_else(PoisonError::into_inner).contains(vm) {
+            return Ok(None);
+        }
+        self.images.look_disk(vm).await
+    }
+
+    async fn create_disk(&self, vm: &VmId, size: MiB) -> Result<PathBuf> {
+        self.images.create_disk(vm, size).await
+    }
+
+    async fn remove_disk(&self, vm: &VmId) -> Result<()> {
+        self.forgotten.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.clone());
+        Ok(())
+    }
+}
+
+struct Doubled(Arc<dyn Net>);
+
+/// Every slot but the last is itself.
+fn doubled(slot: Slot, count: u32) -> Slot {
+    if slot.0 + 1 == count { Slot(0) } else { slot }
+}
+
+#[async_trait]
+impl Net for Doubled {
+    fn slots(&self) -> u32 {
+        self.0.slots()
+    }
+
+    fn seat(&self, slot: Slot) -> Result<Seat> {
+        self.0.seat(doubled(slot, self.slots()))
+    }
+
+    async fn look(&self, slot: Slot) -> Result<Option<()>> {
+        self.0.look(doubled(slot, self.slots())).await
+    }
+
+    async fn left(&self, slot: Slot) -> Result<Option<()>> {
+        self.0.left(doubled(slot, self.slots())).await
+    }
+
+    async fn ensure(&self, slot: Slot) -> Result<()> {
+        self.0.ensure(doubled(slot, self.slots())).await
+    }
+
+    async fn remove(&self, slot: Slot) -> Result<()> {
+        self.0.remove(doubled(slot, self.slots())).await
+    }
+
+    async fn list(&self) -> Result<Vec<Slot>> {
+        self.0.list().await
+    }
+
+    async fn warm(&self, next: &[Slot]) {
+        self.0.warm(next).await;
+    }
+}
+
+struct Deaf(Arc<dyn Vmm>);
+
+#[async_trait]
+impl Vmm for Deaf {
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+
+    async fn prepare(&self, machine: &Machine) -> Result<()> {
+        self.0.prepare(machine).await
+    }
+
+    async fn start(&self, machine: &Machine) -> Result<()> {
+        self.0.start(machine).await
+    }
+
+    async fn attach(&self, id: &MachineId, seat: &Seat) -> Result<GuestEndpoint> {
+        self.0.attach(id, seat).await
+    }
+
+    async fn inspect(&self, id: &MachineId) -> Fact<VmmFact> {
+        self.0.inspect(id).await
+    }
+
+    async fn exited(&self, _id: &MachineId) {
+        std::future::pending().await
+    }
+
+    async fn stop(&self, id: &MachineId) -> Result<()> {
+        self.0.stop(id).await
+    }
+
+    async fn destroy(&self, id: &MachineId) -> Result<()> {
+        self.0.destroy(id).await
+    }
+
+    async fn list(&self) -> Result<Vec<MachineId>> {
+        self.0.list().await
+    }
+}
