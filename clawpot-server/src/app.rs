@@ -18,6 +18,7 @@ use crate::api::host::About;
 use crate::chance::{RandomIds, WallClock};
 use crate::config::Config;
 use crate::resolver::Keeper;
+use crate::room::ThisHost;
 use crate::vmms;
 
 #[derive(Debug)]
@@ -59,12 +60,12 @@ impl App {
             guest: Arc::new(AgentClient::new()),
             clock: Arc::new(WallClock),
             ids: Arc::new(RandomIds),
+            room: Arc::new(ThisHost::new(&config.state_dir)),
             boot_id: clawpot_host::boot_id()?,
             settings: config.control.clone(),
         };
         let service = clawpot_control::start(deps).await?;
-        let about =
-            About { instance, state_dir: config.state_dir.clone(), vmm_reason: reason, started_at: WallClock.now() };
+        let about = About { instance, vmm_reason: reason, started_at: WallClock.now() };
         Ok(Self { service, about, net, resolver, lock })
     }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use clawpot_core::admission::Policy;
 use clawpot_types::{Error, Kind, MiB, Millis, Result, Vcpus};
 use serde::Deserialize;
 
@@ -75,6 +76,18 @@ pub struct Options {
     /// How long machines and slots that no record knows are left alone after the server's start, seconds [default: 30]
     #[arg(long, global = true, env = "CLAWPOT_STRAY_GRACE_SECS", value_name = "SECS")]
     pub stray_grace_secs: Option<u64>,
+    /// Memory that VMs may have in all, percent of the host's; over 100 is overcommitment [default: 90]
+    #[arg(long, global = true, env = "CLAWPOT_MEMORY_PERCENT", value_name = "PERCENT")]
+    pub memory_percent: Option<u32>,
+    /// Virtual CPUs that VMs may have in all, percent of the host's CPUs [default: 1600]
+    #[arg(long, global = true, env = "CLAWPOT_VCPU_PERCENT", value_name = "PERCENT")]
+    pub vcpu_percent: Option<u32>,
+    /// Disk that VMs may have in all, percent of the state directory's filesystem; disks are sparse [default: 400]
+    #[arg(long, global = true, env = "CLAWPOT_DISK_PERCENT", value_name = "PERCENT")]
+    pub disk_percent: Option<u32>,
+    /// Free space of that filesystem under which no VM is created or started, percent; 0 for none [default: 10]
+    #[arg(long, global = true, env = "CLAWPOT_LOW_DISK_PERCENT", value_name = "PERCENT")]
+    pub low_disk_percent: Option<u32>,
     /// What becomes of the VMs when the server is asked to stop [default: leave]
     #[arg(long, global = true, env = "CLAWPOT_ON_STOP", value_enum)]
     pub on_stop: Option<OnStop>,
@@ -170,6 +183,10 @@ fn overlay(over: Options, under: Options) -> Options {
         abandoned_secs: over.abandoned_secs.or(under.abandoned_secs),
         warm_slots: over.warm_slots.or(under.warm_slots),
         stray_grace_secs: over.stray_grace_secs.or(under.stray_grace_secs),
+        memory_percent: over.memory_percent.or(under.memory_percent),
+        vcpu_percent: over.vcpu_percent.or(under.vcpu_percent),
+        disk_percent: over.disk_percent.or(under.disk_percent),
+        low_disk_percent: over.low_disk_percent.or(under.low_disk_percent),
         on_stop: over.on_stop.or(under.on_stop),
         log_format: over.log_format.or(under.log_format),
     }
@@ -196,6 +213,10 @@ fn resolve(options: Options) -> Result<Config> {
     control.stop_grace = options.stop_grace_ms.map_or(control.stop_grace, Millis);
     control.warm_slots = options.warm_slots.unwrap_or(control.warm_slots);
     control.stray_grace = options.stray_grace_secs.map_or(control.stray_grace, seconds);
+    admission(
+        &mut control.admission,
+        [options.memory_percent, options.vcpu_percent, options.disk_percent, options.low_disk_percent],
+    )?;
     Ok(Config {
         image_dir: options.image_dir.unwrap_or_else(|| state_dir.join("images")),
         state_dir,
@@ -213,6 +234,26 @@ fn resolve(options: Options) -> Result<Config> {
         on_stop: options.on_stop.unwrap_or(OnStop::Leave),
         log_format: options.log_format.unwrap_or(LogFormat::Text),
     })
+}
+
+/// Most that may be promised, percent: a hundred times what there is, above which it is a slip of the pen.
+const MAX_PERCENT: u32 = 10_000;
+
+fn admission(policy: &mut Policy, [memory, vcpu, disk, low_disk]: [Option<u32>; 4]) -> Result<()> {
+    for (name, place, asked, range) in [
+        ("memory_percent", &mut policy.memory_percent, memory, 1..=MAX_PERCENT),
+        ("vcpu_percent", &mut policy.vcpu_percent, vcpu, 1..=MAX_PERCENT),
+        ("disk_percent", &mut policy.disk_percent, disk, 1..=MAX_PERCENT),
+        ("low_disk_percent", &mut policy.low_disk_percent, low_disk, 0..=99),
+    ] {
+        let Some(percent) = asked else { continue };
+        if !range.contains(&percent) {
+            let what = format!("{name}: {percent}: must be {} to {}", range.start(), range.end());
+            return Err(Error::new(Kind::InvalidArgument, what));
+        }
+        *place = percent;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -246,6 +287,9 @@ mod tests {
             ("default_vcpus = 33", "default_vcpus"),
             ("vmm = \"xen\"", "xen"),
             ("warm_slots = -1", "warm_slots"),
+            ("memory_percent = 0", "memory_percent: 0: must be 1 to 10000"),
+            ("disk_percent = 10001", "disk_percent"),
+            ("low_disk_percent = 100", "low_disk_percent: 100: must be 0 to 99"),
         ] {
             let error = load(Some(file(text).path()), Options::default()).unwrap_err().chain();
             assert!(error.contains(word), "{error}");

@@ -1,7 +1,7 @@
 //! The daemon.
 //!
 //! - [`config`] settings · [`app`] the composition root: the only place that names a driver · [`api`] the doors
-//! - [`vmms`] Firecracker or QEMU · [`resolver`] kept alive · [`serve`] what listens, and how it ends · [`socket`] Unix sockets · [`metrics`] · [`chance`] clock and randomness
+//! - [`vmms`] Firecracker or QEMU · [`resolver`] kept alive · [`room`] what the host has · [`serve`] what listens, and how it ends · [`socket`] Unix sockets · [`metrics`] · [`chance`] clock and randomness
 
 mod api;
 mod app;
@@ -9,6 +9,7 @@ mod chance;
 mod config;
 mod metrics;
 mod resolver;
+mod room;
 mod serve;
 mod socket;
 mod vmms;

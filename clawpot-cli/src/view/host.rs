@@ -1,6 +1,6 @@
 //! The host and its server.
 
-use clawpot_common::v1::Host;
+use clawpot_common::v1::{Budget, Host};
 use serde::Serialize;
 
 use super::known;
@@ -18,6 +18,32 @@ pub struct HostView {
     pub vmm_reason: Option<String>,
     pub started_at: Option<String>,
     pub capacity: CapacityView,
+    /// What may be promised to VMs, and what is.
+    pub budgets: BudgetsView,
+}
+
+#[derive(Debug, Serialize)]
+pub struct BudgetsView {
+    pub memory_mib: BudgetView,
+    pub disk_mib: BudgetView,
+    pub vcpus: BudgetView,
+    pub slots: BudgetView,
+    /// Free space under which nothing is created or started.
+    pub low_disk_mib: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub struct BudgetView {
+    pub limit: u64,
+    pub used: u64,
+    pub free: u64,
+}
+
+impl From<Option<Budget>> for BudgetView {
+    fn from(budget: Option<Budget>) -> Self {
+        let Budget { limit, used, free } = budget.unwrap_or_default();
+        Self { limit, used, free }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -35,6 +61,7 @@ pub struct CapacityView {
 impl From<&Host> for HostView {
     fn from(host: &Host) -> Self {
         let capacity = host.capacity.unwrap_or_default();
+        let budgets = host.budgets.unwrap_or_default();
         Self {
             version: host.version.clone(),
             instance: host.instance.clone(),
@@ -51,6 +78,13 @@ impl From<&Host> for HostView {
                 slots: capacity.slots,
                 slots_used: capacity.slots_used,
                 vms: capacity.vms,
+            },
+            budgets: BudgetsView {
+                memory_mib: budgets.memory_mib.into(),
+                disk_mib: budgets.disk_mib.into(),
+                vcpus: budgets.vcpus.into(),
+                slots: budgets.slots.into(),
+                low_disk_mib: budgets.low_disk_mib,
             },
         }
     }
@@ -69,8 +103,19 @@ pub fn detail(view: &HostView) -> String {
         ("CPUs", capacity.cpus.to_string()),
         ("Memory", format!("{} MiB, {} MiB available", capacity.memory_mib, capacity.memory_available_mib)),
         ("Disk", format!("{} MiB, {} MiB free", capacity.disk_mib, capacity.disk_free_mib)),
-        ("Slots", format!("{}, {} used", capacity.slots, capacity.slots_used)),
         ("VMs", capacity.vms.to_string()),
     ];
-    table::pairs(pairs.map(|(key, value)| (key.to_owned(), value)))
+    let pairs = table::pairs(pairs.map(|(key, value)| (key.to_owned(), value)));
+    let budgets = &view.budgets;
+    let row = |name: &str, unit: &str, of: &BudgetView| {
+        [name.to_owned(), format!("{}{unit}", of.limit), format!("{}{unit}", of.used), format!("{}{unit}", of.free)]
+    };
+    let rows = [
+        row("memory", " MiB", &budgets.memory_mib),
+        row("vcpus", "", &budgets.vcpus),
+        row("disk", " MiB", &budgets.disk_mib),
+        row("slots", "", &budgets.slots),
+    ];
+    let low = format!("nothing is created or started with less than {} MiB of disk really free", budgets.low_disk_mib);
+    format!("{pairs}\n\n{}\n{low}", table::rows(["FOR VMS", "LIMIT", "USED", "FREE"], rows))
 }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clawpot_core::VmmKind;
+use clawpot_core::admission::Policy;
 use clawpot_core::plan::Limits;
-use clawpot_core::ports::{Clock, Console, EventLog, Guest, Ids, Images, Net, StateStore, Vmm};
+use clawpot_core::ports::{Clock, Console, EventLog, Guest, HostRoom, Ids, Images, Net, StateStore, Vmm};
 use clawpot_types::{Error, Kind, MiB, Millis, Result, Vcpus};
 
 #[derive(Clone)]
@@ -20,6 +21,7 @@ pub struct Deps {
     pub guest: Arc<dyn Guest>,
     pub clock: Arc<dyn Clock>,
     pub ids: Arc<dyn Ids>,
+    pub room: Arc<dyn HostRoom>,
     /// `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
     pub settings: Settings,
@@ -76,6 +78,7 @@ impl std::fmt::Debug for Vmms {
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub limits: Limits,
+    pub admission: Policy,
     pub default_vcpus: Vcpus,
     pub default_memory: MiB,
     pub default_disk: MiB,
@@ -92,6 +95,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             limits: Limits::default(),
+            admission: Policy::default(),
             // In range by construction; 1 is.
             default_vcpus: Vcpus::ONE,
             default_memory: MiB(256),

@@ -7,7 +7,10 @@ mod support;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use clawpot_core::Phase;
+use clawpot_control::service::create::CreateVm;
+use clawpot_core::admission::Room;
+use clawpot_core::{Phase, RestartPolicy};
+use clawpot_testkit::{Injection, Method};
 use clawpot_types::{ImageRef, Kind, MiB, Retry};
 use support::{House, refused, wanted};
 
@@ -156,4 +159,112 @@ async fn vms_are_found_by_name_id_and_prefix() {
         let error = refused(house.service().get(word));
         assert!(error.next_step().is_some(), "{}", error.chain());
     }
+}
+
+fn small_room() -> Room {
+    Room { cpus: 1, memory: MiB(1024), memory_available: MiB(1024), disk: MiB(10_240), disk_free: MiB(10_240) }
+}
+
+/// 921 MiB for VMs of 128 MiB: seven.
+#[tokio::test(start_paused = true)]
+async fn two_at_the_same_moment_cannot_both_have_the_last() {
+    for _ in 0..20 {
+        let house = House::with_slots(64).await;
+        house.host.set_room(small_room());
+        let bodies: Vec<_> = (0..30).map(|n| wanted(&format!("vm-{n}"))).collect();
+        let all = bodies.iter().map(|body| house.try_create("", body));
+        let outcomes = futures_util::future::join_all(all).await;
+        let made: Vec<_> = outcomes.iter().filter_map(|outcome| outcome.as_ref().ok()).cloned().collect();
+        assert_eq!(made.len(), 7);
+        for error in outcomes.iter().filter_map(|outcome| outcome.as_ref().err()) {
+            assert_eq!(error.kind(), Kind::Exhausted, "{}", error.chain());
+            assert!(error.to_string().starts_with("create: memory: 128 MiB asked, 25 MiB free of 921"), "{error}");
+        }
+        // What one gives back another gets.
+        house.delete(&made[0]).await;
+        house.create("next").await;
+        let error = refused(house.try_create("", &wanted("more")).await);
+        assert_eq!(error.kind(), Kind::Exhausted);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_is_admitted_as_a_create_is() {
+    let house = House::with_slots(64).await;
+    house.host.set_room(small_room());
+    let mut ids = Vec::new();
+    for n in 0..7 {
+        ids.push(house.running(&format!("vm-{n}")).await);
+    }
+    // One rests: its memory is for others, its disk and slot are its own.
+    house.stop(&ids[0]).await;
+    let eighth = house.running("vm-7").await;
+    let error = refused(house.service().start("vm-0", "uid=0").await);
+    assert_eq!(error.kind(), Kind::Exhausted);
+    assert!(error.to_string().starts_with("VM vm-0: start: memory: 128 MiB asked"), "{error}");
+    let budgets = house.service().budgets().await.unwrap();
+    assert_eq!((budgets.memory.used, budgets.disk.used, budgets.slots.used), (7 * 128, 8 * 1024, 8));
+    house.stop(&eighth).await;
+    // Both want to come back, and there is room for one.
+    let service = house.service();
+    let (one, other) = tokio::join!(service.start("vm-0", "uid=0"), service.start("vm-7", "uid=0"));
+    assert!(one.is_ok() != other.is_ok(), "{one:?} {other:?}");
+    // What runs is not asked to fit again.
+    house.service().start("vm-1", "uid=0").await.unwrap();
+}
+
+/// A VM that is started again by policy keeps its place meanwhile; one that failed for good does not.
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_a_restart_keeps_its_place() {
+    let house = House::with_slots(64).await;
+    let room = small_room();
+    house.host.set_room(Room { memory: MiB(256), ..room });
+    let body = CreateVm { restart: RestartPolicy::OnFailure, ..wanted("again") };
+    let id = house.try_create("", &body).await.unwrap();
+    house.until(&id, Some(Phase::Running)).await;
+    house.host.kill_vmm(&id);
+    house.until(&id, Some(Phase::Failed)).await;
+    assert_eq!(refused(house.try_create("", &wanted("b")).await).kind(), Kind::Exhausted);
+    house.until(&id, Some(Phase::Running)).await;
+    house.delete(&id).await;
+    let id = house.running("once").await;
+    house.host.kill_vmm(&id);
+    house.until(&id, Some(Phase::Failed)).await;
+    house.running("b").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn under_the_watermark_nothing_is_created_or_started() {
+    let house = House::new().await;
+    let room = small_room();
+    house.host.set_room(room);
+    let runs = house.running("runs").await;
+    let rests = house.running("rests").await;
+    house.stop(&rests).await;
+    house.host.set_room(Room { disk_free: MiB(1000), ..room });
+    for error in [
+        refused(house.try_create("", &wanted("new")).await),
+        refused(house.service().start("rests", "uid=0").await.map(drop)),
+    ] {
+        assert_eq!(error.kind(), Kind::Exhausted);
+        assert!(error.to_string().contains("disk: 1000 MiB are free"), "{error}");
+        assert!(error.next_step().unwrap().contains("low_disk_percent"));
+    }
+    // What runs runs on, and everything can be deleted.
+    assert_eq!(house.phase(&runs), Some(Phase::Running));
+    house.delete(&runs).await;
+    house.delete(&rests).await;
+    house.check_empty();
+    house.host.set_room(Room { disk_free: MiB(1024), ..room });
+    house.running("new").await;
+}
+
+/// Who cannot be told what there is takes nobody in.
+#[tokio::test(start_paused = true)]
+async fn without_a_look_at_the_host_nobody_is_admitted() {
+    let house = House::new().await;
+    house.faults.always(Method::RoomLook, Injection::Error(Kind::Unavailable));
+    assert_eq!(refused(house.try_create("", &wanted("a")).await).kind(), Kind::Unavailable);
+    house.faults.heal(Method::RoomLook);
+    house.running("a").await;
 }

@@ -3,11 +3,13 @@
 //! - [`phase`] the states a VM can be in, drawn; [`request`] which request is accepted in which of them
 //! - [`record`] what is written down of a VM before anything of it exists
 //! - [`facts`] what a look at the host tells; [`mod@plan`] record × facts → the one next step
+//! - [`admission`] what may be taken in beside what is there
 //! - [`exit`] how a run ended, and what follows from it
 //! - [`exec`] frames between a caller and a process in a guest
 //! - [`event`] what happened, for people
 //! - [`ports`] the traits that drivers implement
 
+pub mod admission;
 pub mod event;
 pub mod exec;
 pub mod exit;

@@ -212,15 +212,8 @@ fn record() -> impl Strategy<Value = VmRecord> {
         record.disk_made = disk_made;
         record.restart = Restart { policy, attempts: 3, at: restart_at.map(second) };
         record.expires_at = expires_at.map(second);
-        record.failure = failed.filter(|_| phase == Phase::Failed).map(|generation| clawpot_core::Failure {
-            during: Phase::Booting,
-            generation: Generation(generation),
-            kind: Kind::Internal,
-            message: "it failed".to_owned(),
-            hint: None,
-            cleanup: None,
-            console_tail: Vec::new(),
-        });
+        let failed = failed.filter(|_| phase == Phase::Failed);
+        record.failure = failed.map(|generation| support::failure(Generation(generation)));
         record
     })
 }

@@ -39,6 +39,7 @@ pub enum Method {
     StoreTxn,
     StoreWatch,
     EventsList,
+    RoomLook,
     EventsWatch,
 }
 

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use clawpot_core::admission::Room;
 use clawpot_core::{MachineId, VmmEnd};
 use clawpot_types::{Digest, ExecId, MiB, Slot, VmId};
 use tokio::sync::Notify;
@@ -42,6 +43,7 @@ pub struct FakeHost {
 #[derive(Debug)]
 pub(crate) struct Inventory {
     pub(crate) boot_id: String,
+    pub(crate) room: Room,
     pub(crate) boot: Boot,
     pub(crate) shutdown: Shutdown,
     pub(crate) slot_count: u32,
@@ -96,6 +98,14 @@ impl FakeHost {
     pub fn new(faults: Arc<Faults>, slot_count: u32) -> Arc<Self> {
         let inventory = Inventory {
             boot_id: "boot-1".to_owned(),
+            // More than any test takes that does not say what there is.
+            room: Room {
+                cpus: 1 << 20,
+                memory: MiB(1 << 30),
+                memory_available: MiB(1 << 30),
+                disk: MiB(1 << 30),
+                disk_free: MiB(1 << 30),
+            },
             boot: Boot::ReadyAfter(Duration::from_millis(100)),
             shutdown: Shutdown::After(Duration::from_millis(50)),
             slot_count,
@@ -117,6 +127,11 @@ impl FakeHost {
 
     pub fn set_shutdown(&self, shutdown: Shutdown) {
         self.lock().shutdown = shutdown;
+    }
+
+    /// What the host has from now on.
+    pub fn set_room(&self, room: Room) {
+        self.lock().room = room;
     }
 
     #[must_use]

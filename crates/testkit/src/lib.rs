@@ -2,7 +2,7 @@
 //!
 //! - [`faults`] what goes wrong and when; every call of every fake passes through it
 //! - [`host`] the shared inventory: [`FakeHost::left_behind`], [`FakeHost::violations`]
-//! - [`images`], [`net`], [`vmm`], [`guest`] the ports over it; [`store`] `StateStore` and `EventLog`; [`time`] `Clock` and `Ids`
+//! - [`images`], [`net`], [`vmm`], [`guest`], [`room`] the ports over it; [`store`] `StateStore` and `EventLog`; [`time`] `Clock` and `Ids`
 //! - [`samples`] records to begin with
 //! - [`conformance`] the contract of `StateStore` and `EventLog` as a suite
 //!
@@ -14,6 +14,7 @@ pub mod guest;
 pub mod host;
 pub mod images;
 pub mod net;
+pub mod room;
 pub mod samples;
 pub mod store;
 pub mod time;
@@ -24,6 +25,7 @@ pub use guest::FakeGuest;
 pub use host::{Boot, FakeHost, Shutdown};
 pub use images::FakeImages;
 pub use net::FakeNet;
+pub use room::FakeRoom;
 pub use store::FakeStore;
 pub use time::{FakeClock, FakeIds};
 pub use vmm::{FakeConsole, FakeVmm};

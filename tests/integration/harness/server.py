@@ -51,6 +51,9 @@ class Server:
             # The server's own limits: a verdict of its probe must not be one on how busy the host is.
             for flag, usual in (("--probe-timeout-secs", 8), ("--boot-timeout-secs", 120)):
                 words += [] if flag in words else [flag, round(within(usual))]
+        if "--low-disk-percent" not in self.options:
+            # How full the disk of the machine is that tests run on is no matter of theirs.
+            words += ["--low-disk-percent", 1]
         return [str(word) for word in words]
 
     def environment(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use clawpot_core::admission::{Budget, Resource, Short};
 use clawpot_core::ports::TxnOutcome;
 use clawpot_core::record::RECORD_VERSION;
 use clawpot_core::{Desired, ImagePin, Phase, Restart, RestartPolicy, VmRecord, VmSpec};
@@ -81,6 +82,7 @@ impl Service {
         let image = self.deps.images.resolve(&body.spec.image).await?;
         for _ in 0..ATTEMPTS {
             let record = self.draft(&body, image.clone(), actor)?;
+            let _promise = self.admit(&record, "create").await?;
             let extra = match &request_key {
                 Some(key) => Some((key.clone(), encode(&body, &record)?)),
                 None => None,
@@ -141,9 +143,8 @@ impl Service {
 
     fn free_slot(&self) -> Result<Slot> {
         self.next_slot().ok_or_else(|| {
-            let count = self.deps.net.slots();
-            Error::new(Kind::Exhausted, format!("create: all {count} network slots of this server are taken"))
-                .hint("delete VMs that are not needed: `clawpot ls`, `clawpot rm`")
+            let limit = self.deps.net.slots().into();
+            Short { resource: Resource::Slots, asked: 1, of: Budget { limit, used: limit } }.error("create")
         })
     }
 

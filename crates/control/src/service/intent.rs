@@ -93,6 +93,11 @@ impl Service {
                 }
                 Answer::Accept | Answer::Await => {}
             }
+            // Kept until it is written down.
+            let _promise = match request {
+                Request::Start => self.admit_start(&record).await?,
+                _ => None,
+            };
             let mut asked = (*record).clone();
             set(&mut asked, self.deps.clock.now());
             let done = match desired {

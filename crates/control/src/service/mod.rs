@@ -1,8 +1,9 @@
 //! The use cases, one file per verb. Each checks first, then writes intent in one transaction, then wakes the runner.
 //!
-//! - [`create`] · [`drain`] · [`read`] get, list, watch · [`intent`] start, stop, delete, time to live · [`exec`] · [`console`] · [`force`] the way
+//! - `admit` what may be taken in · [`create`] · [`drain`] · [`read`] get, list, watch · [`intent`] start, stop, delete, time to live · [`exec`] · [`console`] · [`force`] the way
 //!   out of quarantine
 
+mod admit;
 pub mod console;
 pub mod create;
 pub mod drain;
@@ -41,6 +42,7 @@ struct Shared {
     last_slot: Mutex<Option<Slot>>,
     /// Slots of which something was left by nobody knows whom: given to no VM.
     blocked: Mutex<BTreeSet<Slot>>,
+    ledger: Arc<admit::Ledger>,
     leaving: watch::Sender<bool>,
     runners: Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
@@ -50,6 +52,7 @@ impl Service {
         let shared = Shared {
             last_slot: Mutex::new(None),
             blocked: Mutex::default(),
+            ledger: Arc::default(),
             leaving: watch::channel(false).0,
             runners: Mutex::new(Vec::new()),
         };

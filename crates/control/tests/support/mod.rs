@@ -12,7 +12,8 @@ use clawpot_core::exec::{ExecEnd, ExecInput, ExecOutput, ExecStart};
 use clawpot_core::ports::Vmm;
 use clawpot_core::{Phase, RestartPolicy, VmRecord, VmmKind};
 use clawpot_testkit::{
-    FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeStore, FakeVmm, Faults, samples,
+    FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeStore, FakeVmm, Faults,
+    samples,
 };
 use clawpot_types::{Error, ExecId, Millis, Result, VmId};
 use futures_util::StreamExt as _;
@@ -73,6 +74,7 @@ impl House {
             guest: Arc::new(FakeGuest::new(&self.host)),
             clock: self.clock.clone(),
             ids: self.ids.clone(),
+            room: Arc::new(FakeRoom::new(&self.host)),
             boot_id: self.host.boot_id(),
             settings: Settings::default(),
         }

@@ -1,4 +1,7 @@
-use clawpot_types::{Timestamp, VmId, VmName};
+use async_trait::async_trait;
+use clawpot_types::{Result, Timestamp, VmId, VmName};
+
+use crate::admission::Room;
 
 /// The wall clock.
 pub trait Clock: Send + Sync {
@@ -10,4 +13,11 @@ pub trait Ids: Send + Sync {
     fn vm_id(&self) -> VmId;
     /// A name that is easy to say; may clash, then ask again.
     fn vm_name(&self) -> VmName;
+}
+
+/// What the host has.
+#[async_trait]
+pub trait HostRoom: Send + Sync {
+    /// A few system calls; as it is now.
+    async fn look(&self) -> Result<Room>;
 }

@@ -11,7 +11,7 @@ mod store;
 mod vmm;
 
 pub use guest::{Guest, GuestEndpoint, Hello};
-pub use host::{Clock, Ids};
+pub use host::{Clock, HostRoom, Ids};
 pub use images::{BootFiles, ImageInfo, Images, UnreadableImage};
 pub use net::{Net, Seat};
 pub use store::{

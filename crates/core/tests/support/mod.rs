@@ -1,10 +1,12 @@
 //! A record to begin with.
 
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
 use std::collections::BTreeMap;
 
 use clawpot_core::record::RECORD_VERSION;
-use clawpot_core::{Desired, ImagePin, Phase, Restart, RestartPolicy, VmRecord, VmSpec};
-use clawpot_types::{Digest, Generation, ImageRef, Incarnation, MiB, Millis, Slot, Timestamp, Vcpus, VmId};
+use clawpot_core::{Desired, Failure, ImagePin, Phase, Restart, RestartPolicy, VmRecord, VmSpec};
+use clawpot_types::{Digest, Generation, ImageRef, Incarnation, Kind, MiB, Millis, Slot, Timestamp, Vcpus, VmId};
 
 pub const START: Timestamp = Timestamp(1_800_000_000_000_000);
 
@@ -47,5 +49,18 @@ pub fn record() -> VmRecord {
         restart: Restart::new(RestartPolicy::Never),
         ttl: None,
         expires_at: None,
+    }
+}
+
+/// Of a boot.
+pub fn failure(generation: Generation) -> Failure {
+    Failure {
+        during: Phase::Booting,
+        generation,
+        kind: Kind::Internal,
+        message: "it failed".to_owned(),
+        hint: None,
+        cleanup: None,
+        console_tail: Vec::new(),
     }
 }

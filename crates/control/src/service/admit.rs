@@ -1,0 +1,81 @@
+//! Admission: what VMs hold and what those that are being taken in will. The decision is [`clawpot_core::admission`]'s.
+//!
+//! Between the decision and the commit lies the store. What was promised meanwhile is kept in a ledger, so that two who ask
+//! at the same moment cannot both have the last of something.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use clawpot_core::VmRecord;
+use clawpot_core::admission::{Budgets, Claim, may_have_machine};
+use clawpot_types::{Result, VmId};
+
+use super::Service;
+use crate::records::Row;
+
+/// Promised and not yet written down. What is in the records counts there.
+#[derive(Debug, Default)]
+pub(crate) struct Ledger {
+    promised: Mutex<BTreeMap<VmId, Claim>>,
+}
+
+/// Holds what was promised until it is dropped: when the record is written, or will not be.
+#[derive(Debug)]
+pub(crate) struct Promise {
+    ledger: Arc<Ledger>,
+    id: VmId,
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        self.ledger.promised.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}
+
+impl Service {
+    /// What there is for VMs, and what they hold.
+    pub async fn budgets(&self) -> Result<Budgets> {
+        let room = self.deps.room.look().await?;
+        let promised = self.shared.ledger.promised.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Budgets::new(&self.deps.settings.admission, &room, self.deps.net.slots(), self.held(&promised, None)))
+    }
+
+    /// Promises the machine of `record` what it will hold. `Exhausted` names what there is too little of.
+    pub(super) async fn admit(&self, record: &VmRecord, doing: &str) -> Result<Promise> {
+        let room = self.deps.room.look().await?;
+        let ledger = &self.shared.ledger;
+        let mut promised = ledger.promised.lock().unwrap_or_else(PoisonError::into_inner);
+        // What the VM itself holds already, it holds in any case.
+        let held = self.held(&promised, Some(&record.id));
+        let budgets = Budgets::new(&self.deps.settings.admission, &room, self.deps.net.slots(), held);
+        let asked = Claim::whole(&record.spec);
+        budgets.admit(asked).map_err(|short| short.error(doing))?;
+        promised.insert(record.id.clone(), asked);
+        Ok(Promise { ledger: ledger.clone(), id: record.id.clone() })
+    }
+
+    /// [`Self::admit`] for a VM that has no machine and is asked to have one again.
+    pub(super) async fn admit_start(&self, record: &VmRecord) -> Result<Option<Promise>> {
+        if may_have_machine(record) {
+            return Ok(None);
+        }
+        self.admit(record, &format!("VM {}: start", record.name)).await.map(Some)
+    }
+
+    /// By everyone but `except`.
+    fn held(&self, promised: &BTreeMap<VmId, Claim>, except: Option<&VmId>) -> Claim {
+        let mut held = Claim::default();
+        for (id, row) in self.records.rows_after(None) {
+            if except == Some(&id) {
+                continue;
+            }
+            held = held.and(match (promised.get(&id), &row) {
+                (Some(promised), _) => *promised,
+                (None, Row::Known { record, .. }) => Claim::of(record),
+                (None, Row::Unreadable { .. }) => Claim { slots: 1, ..Claim::default() },
+            });
+        }
+        let new = promised.iter().filter(|(id, _)| except != Some(id) && self.records.get(id).is_none());
+        new.fold(held, |held, (_, claim)| held.and(*claim))
+    }
+}
