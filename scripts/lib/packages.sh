@@ -7,7 +7,7 @@ image_needs=(lz4=lz4 /usr/bin/python3=python3 mmdebstrap=mmdebstrap mke2fs=e2fsp
   /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring)
 run_needs=(qemu-system-x86_64=qemu-system-x86 nft=nftables ip=iproute2 mke2fs=e2fsprogs)
 vm_needs=(qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils ssh=openssh-client rsync=rsync mmdebstrap=mmdebstrap mke2fs=e2fsprogs
-  sfdisk=fdisk lz4=lz4 zstd=zstd strip=binutils)
+  lz4=lz4 zstd=zstd strip=binutils)
 python_needs=("/usr/lib/python3.*/ensurepip/__main__.py=python3-venv" /etc/ssl/certs/ca-certificates.crt=ca-certificates)
 lint_needs=(shellcheck=shellcheck)
 

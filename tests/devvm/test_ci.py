@@ -1,6 +1,7 @@
 """What CI runs, run here: inner VMs, their orphans, the package, the one command, and the pipeline's own files."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -123,44 +124,32 @@ def built() -> str:
     return f"not built: {', '.join(missing)}" if missing else ""
 
 
-@pytest.fixture
-def package(vm_dir: Path, tmp_path: Path) -> Path:
-    del vm_dir
+#: A test that fails in the inner VM: what it leaves must come out all the same.
+FAILING = b"def test_that_fails():\n    assert 'inside' == 'outside'\n"
+
+
+def test_the_integration_step_brings_out_what_a_failure_left(inner: Run, tmp_path: Path, vm_dir: Path) -> None:
+    """As Buildkite runs it, but with tests that need no guest: guests in an inner VM are the Firecracker lane's."""
+    del inner
     if why := built():
         pytest.skip(why)
-    made = tmp_path / "package.tar.zst"
-    done = shell(REPO / "ci/package", "--no-build", "--out", made)
+    package = tmp_path / "package.tar"
+    done = shell(REPO / "ci/package", "--no-build", "--out", package)
     assert done.returncode == 0, done.stdout + done.stderr
-    return made
-
-
-def test_the_integration_step(inner: Run, package: Path, tmp_path: Path, vm_dir: Path) -> None:
-    """As Buildkite runs it, but with tests that need no guest: those of guests in an inner VM are the Firecracker lane's."""
-    del inner
-    words = [
-        "--package",
-        package,
-        "--artifacts",
-        tmp_path / "artifacts",
-        "--",
-        "test_server.py",
-        "-k",
-        "no_such_image or no_root",
-    ]
-    done = shell(REPO / "ci/run-local", *words, CLAWPOT_VM_DIR=vm_dir)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"[1-9]\d* passed", done.stdout)
-    assert 'errors="0" failures="0"' in (tmp_path / "artifacts/report/junit.xml").read_text()
-
-
-def test_a_failed_integration_step_keeps_what_tells_why(inner: Run, package: Path, tmp_path: Path, vm_dir: Path) -> None:
-    del inner
-    words = ["--package", package, "--artifacts", tmp_path / "artifacts", "--", "no_such_file.py"]
-    done = shell(REPO / "ci/run-local", *words, CLAWPOT_VM_DIR=vm_dir)
-    # What pytest says of a wrong argument.
-    assert done.returncode == 4, done.stdout + done.stderr
+    with tarfile.open(package, "a") as tar:
+        entry = tarfile.TarInfo("tests/integration/test_that_fails.py")
+        entry.size = len(FAILING)
+        tar.addfile(entry, io.BytesIO(FAILING))
+    words = ["--package", package, "--artifacts", tmp_path / "artifacts"]
+    tests = ["test_that_fails.py", "test_server.py", "-k", "that_fails or no_such_image or no_root"]
+    done = shell(REPO / "ci/run-local", *words, "--", *tests, CLAWPOT_VM_DIR=vm_dir)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"1 failed, [1-9]\d* passed", done.stdout), done.stdout
+    report = (tmp_path / "artifacts/report/junit.xml").read_text()
+    assert 'failures="1"' in report
+    assert "outside" in report
     assert "clawpot-vm: ready" in (tmp_path / "artifacts/console.log").read_text(errors="replace")
-    assert (tmp_path / "artifacts/inner/journal.log").exists()
+    assert (tmp_path / "artifacts/inner/journal.log").stat().st_size > 0
 
 
 def test_the_cache_gives_back_what_was_saved(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def id_file() -> Iterator[IO[str]]:
 
 def launch(arguments: argparse.Namespace) -> int:
     host.need_tools(["qemu-system-x86_64", "qemu-img", "ssh", "ssh-keygen", "rsync"])
+    begun = time.monotonic()
     with id_file() as file:
         found = current()
         if found:
@@ -72,33 +73,39 @@ def launch(arguments: argparse.Namespace) -> int:
             raise LabError(
                 f"this work tree has a VM, {found.record.id}, which {state}", f"{follow}; or utils/devvm destroy first"
             )
-        wanted = recipe.current(arguments.profile)
-        state = host.make_directory(host.state_root())
-        # Before minutes of building for a VM that has no room.
-        memory = arguments.memory or wanted.profile.memory_mib
-        host.need_memory(memory, f"a VM of {memory} MiB")
-        made: list[Machine] = []
-
-        def claim(image: golden.Golden) -> None:
-            cpus = arguments.cpus or 0
-            record = Record(new_id(), "dev", str(image.directory), image.profile, cpus, memory, str(host.REPO))
-            file.truncate(0)
-            file.write(record.id + "\n")
-            file.flush()
-            made.append(Machine.create(state, record))
-
-        begun = time.monotonic()
         try:
-            golden.obtain(state, wanted, say, arguments.rebuild, claim)
-            ready = made[0].start(say)
+            machine, ready = make(arguments, file)
         except BaseException:
-            # A VM that never came up is of no use to anyone.
-            for machine in made:
-                machine.destroy()
             ID_FILE.unlink(missing_ok=True)
             raise
-    announce(made[0], ready, time.monotonic() - begun)
+    announce(machine, ready, time.monotonic() - begun)
     return 0
+
+
+def make(arguments: argparse.Namespace, file: IO[str]) -> tuple[Machine, qemu.Ready]:
+    """The VM, its id in `file`. A VM that never came up is of no use to anyone: it is removed."""
+    wanted = recipe.current(arguments.profile)
+    state = host.make_directory(host.state_root())
+    memory = arguments.memory or wanted.profile.memory_mib
+    # Before minutes of building for a VM that has no room.
+    host.need_memory(memory, f"a VM of {memory} MiB")
+    made: list[Machine] = []
+
+    def claim(image: golden.Golden) -> None:
+        cpus = arguments.cpus or 0
+        record = Record(new_id(), "dev", str(image.directory), image.profile, cpus, memory, str(host.REPO))
+        file.truncate(0)
+        file.write(record.id + "\n")
+        file.flush()
+        made.append(Machine.create(state, record))
+
+    try:
+        golden.obtain(state, wanted, say, arguments.rebuild, claim)
+        return made[0], made[0].start(say)
+    except BaseException:
+        for machine in made:
+            machine.destroy()
+        raise
 
 
 def announce(machine: Machine, ready: qemu.Ready, seconds: float) -> None:
@@ -270,3 +277,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A directory that may not be written, a full disk: the system's own words name it.
+        say(f"devvm: {error}")
+        return 1

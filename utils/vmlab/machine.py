@@ -16,6 +16,8 @@ from .errors import LabError
 
 #: QEMU's own memory beside the guest's, mostly translated code.
 OVERHEAD_MIB = 384
+#: Less is left and a VM's first writes would fail.
+DISK_MIB = 1024
 #: A guest that was told to power off; an emulated systemd takes five to twenty.
 POWEROFF_SECONDS = 90.0
 
@@ -86,14 +88,19 @@ class Machine:
     @classmethod
     def create(cls, state: Path, record: Record) -> "Machine":
         """Disk, key and record of a VM that has never run."""
+        host.need_disk(state, DISK_MIB, "a VM's disk")
         directory = host.make_directory(state / "vms" / record.id)
         record.created = time.time()
         machine = cls(directory, record)
-        # First of all, so that whatever is made after this is found again.
-        machine.save()
-        golden.overlay(Path(record.golden), machine.disk)
-        host.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", machine.name, "-f", directory / "key")
-        host.give_to_caller(*directory.iterdir())
+        try:
+            # First of all, so that whatever is made after this is found again.
+            machine.save()
+            golden.overlay(Path(record.golden), machine.disk)
+            host.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", machine.name, "-f", directory / "key")
+            host.give_to_caller(*directory.iterdir())
+        except BaseException:
+            shutil.rmtree(directory)
+            raise
         return machine
 
     def save(self) -> None:
