@@ -142,7 +142,8 @@ def test_the_integration_step_brings_out_what_a_failure_left(inner: Run, tmp_pat
         tar.addfile(entry, io.BytesIO(FAILING))
     words = ["--package", package, "--artifacts", tmp_path / "artifacts"]
     tests = ["test_that_fails.py", "test_server.py", "-k", "that_fails or no_such_image or no_root"]
-    done = shell(REPO / "ci/run-local", *words, "--", *tests, CLAWPOT_VM_DIR=vm_dir)
+    # The services of the tests' world take their time in an emulated machine beside other work.
+    done = shell(REPO / "ci/run-local", *words, "--", *tests, CLAWPOT_VM_DIR=vm_dir, CLAWPOT_TEST_SLOWNESS=6)
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(r"1 failed, [1-9]\d* passed", done.stdout), done.stdout
     report = (tmp_path / "artifacts/report/junit.xml").read_text()
