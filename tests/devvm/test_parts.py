@@ -89,8 +89,8 @@ def test_only_whole_images_are_found_and_only_unused_ones_dropped(tmp_path: Path
     make_golden(tmp_path, wanted, 1, whole=False)
     (golden.home(tmp_path) / f".build-small-{os.getpid()}").mkdir()
     assert golden.find(tmp_path, wanted) is None
-    used, unused, newest = (make_golden(tmp_path, wanted, number) for number in (2, 3, 4))
-    for age, path in enumerate((newest, unused, used)):
+    used, oldest, older, newest = (make_golden(tmp_path, wanted, number) for number in (2, 3, 4, 5))
+    for age, path in enumerate((newest, older, oldest, used)):
         os.utime(path / "golden.json", (1000 - age, 1000 - age))
     found = golden.find(tmp_path, wanted)
     assert found
@@ -98,7 +98,8 @@ def test_only_whole_images_are_found_and_only_unused_ones_dropped(tmp_path: Path
     (tmp_path / "vms/v").mkdir(parents=True)
     (tmp_path / "vms/v/vm.json").write_text(json.dumps({"golden": str(used)}))
     golden.drop_unused(tmp_path, found, print)
-    assert (used.exists(), unused.exists(), newest.exists()) == (True, False, True)
+    assert [path.exists() for path in (used, oldest, older, newest)] == [True, False, True, True]
+    assert golden.drop_all_unused(tmp_path) == [older.name, newest.name]
 
 
 def test_missing_programs_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,9 @@ def obtain(
     with lock(home(state) / f"lock-{recipe.profile.name}", lambda: say("waiting for another build of the golden image")):
         found = None if rebuild else find(state, recipe)
         image = found or build(state, recipe, say, rebuild)
+        with contextlib.suppress(OSError):
+            # When it was last wanted.
+            os.utime(image.directory / "golden.json")
         if claim:
             claim(image)
         if not found:
@@ -114,10 +117,7 @@ def make(recipe: Recipe, scratch: Path, say: Say, fresh: bool) -> None:
     with told(say, "packages, kernel and files"):
         root = tree.fill(recipe, scratch, fresh)
     with told(say, "file system"):
-        # Zeroed tables are never written: the file is sparse, and the initrd mounts with noinit_itable.
-        options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard"
-        words = ["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-i", "32768", "-E", options, "-d", root]
-        host.run("mke2fs", *words, scratch / "root.img", f"{recipe.profile.disk_mib}M", seconds=900)
+        tree.pack(recipe, root, scratch / "root.img")
         shutil.rmtree(root)
 
 
@@ -188,12 +188,12 @@ def users(state: Path) -> set[str]:
 
 
 def drop_unused(state: Path, newest: Golden, say: Say) -> None:
-    """Older images of the same profile that no VM stands on."""
-    used = users(state)
-    for path in home(state).glob(f"{newest.profile}-*"):
-        if path.name != newest.directory.name and path.name not in used:
-            shutil.rmtree(path)
-            say(f"  removed the older image {path.name}")
+    """Images of the profile that no VM stands on, but for one: two recipes in turn (with Firecracker, without) are usual."""
+    used = {newest.directory.name, *users(state)}
+    others = [path for path in home(state).glob(f"{newest.profile}-*/golden.json") if path.parent.name not in used]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime)[:-1]:
+        shutil.rmtree(path.parent)
+        say(f"  removed the older image {path.parent.name}")
 
 
 def drop_all_unused(state: Path) -> list[str]:

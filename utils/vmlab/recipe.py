@@ -61,7 +61,7 @@ TOOLCHAIN = [
 #: The first one that apt knows. Nested virtualisation with SVM emulated has been measured with both.
 KERNELS = ("linux-image-cloud-amd64", "linux-image-amd64")
 #: Files here that shape the image; the rest of this package only runs it.
-SHAPING = ("recipe.py", "tree.py", "cloud.py", "golden.py")
+SHAPING = ("recipe.py", "tree.py", "cloud.py")
 
 
 @dataclass(frozen=True)
