@@ -8,7 +8,8 @@ use clawpot_control::{Deps, Service, Settings, Vmms, start};
 use clawpot_core::VmmKind;
 use clawpot_core::ports::{Images, Net, Vmm};
 use clawpot_testkit::{
-    Boot, FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeVmm, Faults, Shutdown,
+    Boot, FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeVmm, Faults,
+    Shutdown,
 };
 use clawpot_types::Result;
 use tokio::sync::Notify;
@@ -108,6 +109,7 @@ impl World {
             guest: Arc::new(FakeGuest::new(&self.host)),
             clock: self.clock.clone(),
             ids: self.ids.clone(),
+            room: Arc::new(FakeRoom::new(&self.host)),
             boot_id: self.host.boot_id(),
             settings: Settings::default(),
         })
