@@ -1,5 +1,5 @@
 # The README's commands, for habit.
-.PHONY: demo test test-firecracker lint bench fuzz crash-cycles soak install uninstall test-packaging
+.PHONY: demo test test-firecracker lint bench bench-slots fuzz crash-cycles soak install uninstall test-packaging
 
 export PREFIX ?= /usr/local
 export DESTDIR ?=
@@ -9,6 +9,8 @@ test: ; ./scripts/test
 test-firecracker: ; ./scripts/test-firecracker
 lint: ; ./scripts/lint.sh
 bench: ; ./scripts/bench
+# Network slots alone, in namespaces of their own; a minute. As root.
+bench-slots: ; cargo build --release -p clawpot-net --example slots && target/release/examples/slots 1000 bench/results-slots.json
 fuzz: ; ./scripts/fuzz
 crash-cycles: ; ./scripts/crash-cycles $(N)
 # More of the simulator than scripts/test has: make soak N=5000000 FROM=1000

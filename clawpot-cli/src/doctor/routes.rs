@@ -1,8 +1,17 @@
 //! Forwarding, and networks that lie where the VMs' addresses are.
 
 use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
 
 use super::check::Check;
+
+/// Where servers on this host claim their blocks (`crates/net/src/claim.rs`).
+const CLAIMS: &str = "/run/clawpot/blocks";
+/// Of a block: 1,024 slots of two addresses.
+const BLOCK_PREFIX: u32 = 21;
+const BLOCK_ADDRESSES: u32 = 2048;
 
 /// The /16s of which a server takes the first free one for its slots (`crates/net/src/address.rs`).
 const SLOTS: [[u8; 2]; 10] =
@@ -29,17 +38,61 @@ fn judge_forwarding(value: Result<String, String>) -> Check {
 }
 
 pub fn overlaps() -> Check {
-    judge(std::fs::read_to_string("/proc/net/route").map_err(|error| error.to_string()))
+    judge(std::fs::read_to_string("/proc/net/route").map_err(|error| error.to_string()), &claims(Path::new(CLAIMS)))
+}
+
+/// As much of a server's claim as matters here.
+#[derive(Debug, Deserialize)]
+struct Claim {
+    state_dir: PathBuf,
+    block: Block,
+}
+
+#[derive(Debug, Deserialize)]
+struct Block {
+    number: u32,
+    range: String,
+}
+
+impl Claim {
+    /// First address and prefix of the block.
+    fn addresses(&self) -> Option<(Ipv4Addr, u32)> {
+        let range: Ipv4Addr = self.block.range.split('/').next()?.parse().ok()?;
+        let first = range.to_bits().checked_add(self.block.number.checked_mul(BLOCK_ADDRESSES)?)?;
+        Some((Ipv4Addr::from_bits(first), BLOCK_PREFIX))
+    }
+}
+
+/// Those that can be read; none without a server.
+fn claims(dir: &Path) -> Vec<Claim> {
+    let files = std::fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok);
+    files.filter_map(|file| serde_json::from_slice(&std::fs::read(file.path()).ok()?).ok()).collect()
 }
 
 /// Judges `/proc/net/route`.
-fn judge(table: Result<String, String>) -> Check {
+fn judge(table: Result<String, String>, claims: &[Claim]) -> Check {
     const NAME: &str = "routes";
     let table = match table {
         Ok(table) => table,
         Err(why) => return Check::unknown(NAME, format!("not seen: {why}"), "mount /proc"),
     };
     let routes: Vec<Route> = table.lines().skip(1).filter_map(route).filter(Route::counts).collect();
+    // A server chooses a range that was free; a route may have come since.
+    for claim in claims {
+        let Some(block) = claim.addresses() else { continue };
+        if let [first, ..] = hits(&routes, block).as_slice() {
+            return Check::warn(
+                NAME,
+                format!(
+                    "{first} overlaps {}/{}, the addresses of {}'s VMs",
+                    block.0,
+                    block.1,
+                    claim.state_dir.display()
+                ),
+                "take that route away; or delete the server's VMs and start it again: it then chooses other addresses",
+            );
+        }
+    }
     let free =
         SLOTS.map(|[a, b]| (Ipv4Addr::new(a, b, 0, 0), 16)).into_iter().find(|range| hits(&routes, *range).is_empty());
     let around = hits(&routes, GUESTS);
@@ -111,7 +164,26 @@ mod tests {
     const HEADER: &str = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n";
 
     fn look(routes: &[&str]) -> Check {
-        judge(Ok(format!("{HEADER}{}", routes.join("\n"))))
+        judge(Ok(format!("{HEADER}{}", routes.join("\n"))), &[])
+    }
+
+    #[test]
+    fn a_route_that_came_after_the_server_is_told() {
+        let home = tempfile::tempdir().unwrap();
+        let text = r#"{"version":1,"instance":"3f7a","state_dir":"/var/lib/clawpot","block":{"number":2,"range":"10.201.0.0/16"}}"#;
+        let (one, other) = (home.path().join("2"), home.path().join("3"));
+        std::os::unix::fs::symlink("/nonexistent", other).unwrap();
+        std::io::Write::write_all(&mut std::fs::File::create(one).unwrap(), text.as_bytes()).unwrap();
+        let claims = claims(home.path());
+        assert_eq!(claims[0].addresses(), Some((Ipv4Addr::new(10, 201, 16, 0), 21)));
+        // 10.201.16.0/24 by a VPN; 10.201.8.0/24 is in the same /16 and nobody's.
+        let at = |third: &str| format!("tun0\t00{third}C90A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0");
+        let told = |route: String| judge(Ok(format!("{HEADER}{route}")), &claims);
+        let check = told(at("10"));
+        assert_eq!(check.level, Level::Warn);
+        assert!(check.found.contains("10.201.16.0/24 on tun0 overlaps 10.201.16.0/21"), "{}", check.found);
+        assert_eq!(told(at("08")).level, Level::Ok);
+        assert!(super::claims(Path::new("/nonexistent")).is_empty());
     }
 
     #[test]
@@ -130,7 +202,7 @@ mod tests {
         let private = "eth1\t000010AC\t00000000\t0001\t0\t0\t0\t0000F0FF\t0\t0\t0";
         let bench = "eth2\t000012C6\t00000000\t0001\t0\t0\t0\t0000FEFF\t0\t0\t0";
         assert_eq!(look(&[vpn, private, bench]).level, Level::Fail);
-        assert_eq!(judge(Err("no".into())).level, Level::Unknown);
+        assert_eq!(judge(Err("no".into()), &[]).level, Level::Unknown);
     }
 
     #[test]

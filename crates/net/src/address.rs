@@ -89,10 +89,7 @@ impl Block {
 /// `taken`: addresses and routes of the host that are no instance's. `FailedPrecondition`: all overlap.
 pub fn choose(number: u32, previous: Option<Ipv4Net>, taken: &[Ipv4Net]) -> Result<Block> {
     let candidates = CANDIDATES.map(|[a, b]| Ipv4Net::new_assert(Ipv4Addr::new(a, b, 0, 0), 16));
-    let free = |block: &Block| {
-        let own = block.addresses();
-        taken.iter().filter(|route| route.prefix_len() >= SHORTEST_ROUTE).all(|route| !overlap(&own, route))
-    };
+    let free = |block: &Block| overlaps(block, taken).next().is_none();
     let previous = previous.filter(|range| candidates.contains(range));
     previous.into_iter().chain(candidates).map(|range| Block { number, range }).find(free).ok_or_else(|| {
         let tried: Vec<String> = candidates.iter().map(ToString::to_string).collect();
@@ -102,6 +99,12 @@ pub fn choose(number: u32, previous: Option<Ipv4Net>, taken: &[Ipv4Net]) -> Resu
         )
         .hint(format!("free one of {} on this host (see `ip route`)", tried.join(", ")))
     })
+}
+
+/// Those of `taken` that lie where the block does.
+pub(crate) fn overlaps<'a>(block: &Block, taken: &'a [Ipv4Net]) -> impl Iterator<Item = &'a Ipv4Net> {
+    let own = block.addresses();
+    taken.iter().filter(move |route| route.prefix_len() >= SHORTEST_ROUTE && overlap(&own, route))
 }
 
 fn overlap(a: &Ipv4Net, b: &Ipv4Net) -> bool {

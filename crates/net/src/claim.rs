@@ -61,7 +61,13 @@ impl Claim {
         let lock = lock(blocks_dir)?;
         let all = read_all(blocks_dir)?;
         let claim = match all.iter().find(|found| found.is_of(instance)) {
-            Some(own) => own.reclaim(blocks_dir, &state_dir)?,
+            Some(own) => {
+                let claim = own.reclaim(blocks_dir, &state_dir)?;
+                for route in address::overlaps(&claim.block(), &host.taken) {
+                    tracing::warn!(%route, own = %claim.block().addresses(), "this host has come to route addresses of VMs");
+                }
+                claim
+            }
             None => take_new(blocks_dir, instance, &state_dir, &all, host)?,
         };
         drop(lock);

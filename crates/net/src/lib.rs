@@ -10,7 +10,7 @@
 //! - [`address`], [`names`] what follows from block and slot: uids, addresses, names
 //! - [`SlotNet`] the `Net` port: `driver` (doors) → `work` (one slot, to its end) → `slot` (the steps) → `kernel`;
 //!   `warm` works ahead, `table` keeps the host's rules, `rules` writes all rules, `original` keeps a slot's as the kernel has
-//!   them, `mark` tells after a crash what is what
+//!   them, `renew` brings those of slots in use up to date, `mark` tells after a crash what is what
 //!
 //! Called by the server's `app.rs`; calls `host` for threads, processes and files.
 
@@ -23,6 +23,7 @@ mod kernel;
 mod mark;
 pub mod names;
 mod original;
+mod renew;
 mod rules;
 mod slot;
 mod steps;

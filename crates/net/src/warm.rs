@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::mark::{RulesDigest, Standing};
+use crate::renew;
 use crate::work::Workshop;
 
 /// How long VMs may be without a network after the host's rules were flushed. A look costs some microseconds.
@@ -38,6 +39,9 @@ pub(crate) async fn run(shop: Arc<Workshop>, mut wanted: watch::Receiver<Option<
             _ = look.tick() => {
                 if let Err(error) = shop.table.restore_if_lost(&shop.nft, &shop.site).await {
                     tracing::error!(error = error.chain(), "VMs have no network: the host's table for them is gone");
+                }
+                if let Err(error) = renew::all(&shop).await {
+                    tracing::warn!(error = error.chain(), "slots in use keep the rules they have");
                 }
             }
         }

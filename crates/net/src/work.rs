@@ -13,6 +13,7 @@ use crate::kernel::nfnetlink::Ruleset;
 use crate::kernel::nft::Nft;
 use crate::mark::{Mark, RulesDigest, Standing};
 use crate::original::{Original, Originals};
+use crate::renew::Known;
 use crate::slot::Site;
 use crate::steps::{Step, Steps};
 use crate::table::HostTable;
@@ -33,6 +34,7 @@ pub(crate) struct Workshop {
     pub(crate) table: HostTable,
     pub(crate) steps: Steps,
     originals: Originals,
+    pub(crate) known: Known,
     standing: Mutex<Vec<Standing>>,
     locks: Vec<Arc<tokio::sync::Mutex<()>>>,
     hands: Semaphore,
@@ -59,6 +61,7 @@ impl Workshop {
             table,
             steps: Steps::default(),
             originals: Originals::default(),
+            known: Known::default(),
             standing: Mutex::new(standing),
             locks,
             hands: Semaphore::new(AT_ONCE),
@@ -68,6 +71,11 @@ impl Workshop {
     pub(crate) async fn turn(&self, slot: Slot) -> Result<Turn> {
         let lock = self.locks.get(place(slot)).ok_or_else(|| no_such(slot))?;
         Ok(Arc::clone(lock).lock_owned().await)
+    }
+
+    /// `None`: somebody works on the slot.
+    pub(crate) fn turn_if_free(&self, slot: Slot) -> Option<Turn> {
+        Arc::clone(self.locks.get(place(slot))?).try_lock_owned().ok()
     }
 
     pub(crate) fn standing(&self, slot: Slot) -> Standing {
@@ -81,6 +89,16 @@ impl Workshop {
             _ => None,
         };
         (0..).map(Slot).zip(all.iter()).filter_map(ready).collect()
+    }
+
+    pub(crate) fn given(&self) -> Vec<Slot> {
+        let all = self.all();
+        (0..)
+            .map(Slot)
+            .zip(all.iter())
+            .filter(|(_, standing)| **standing == Standing::Given)
+            .map(|(slot, _)| slot)
+            .collect()
     }
 
     fn set(&self, slot: Slot, standing: Standing) {
@@ -115,6 +133,9 @@ impl Workshop {
         let ready = matches!(self.standing(slot), Standing::Ready(_)) && netns::is_mounted(&self.site.netns(slot))?;
         if !ready {
             self.make(slot, turn).await?;
+        }
+        if let Standing::Ready(rules) = self.standing(slot) {
+            self.known.set(slot, rules);
         }
         self.set(slot, Standing::Leftover);
         self.block(move |shop| shop.site.mark(slot, Mark::Given)).await?;
@@ -195,6 +216,7 @@ impl Workshop {
         }
         let hand = self.hand().await?;
         self.set(slot, Standing::Leftover);
+        self.known.forget(slot);
         if matches!(before, Standing::Ready(_)) {
             // It never said a word, so nobody has to forget any.
             self.block(move |shop| shop.site.unname(slot)).await?;

@@ -153,6 +153,36 @@ fn a_server_that_starts_again_interrupts_nobody() {
 }
 
 #[test]
+fn addresses_are_chosen_where_the_host_has_none_and_kept_when_it_gets_some() {
+    on_host(|world| async move {
+        let ip = clawpot_host::process::find_program("ip", None).unwrap();
+        let route = async |words: &str| Tool::new(&ip).args(words.split(' ')).run().await.unwrap();
+        route("route add 10.201.0.0/16 via 203.0.113.1").await;
+        route("addr add 10.202.3.4/24 dev uplink").await;
+        route("route add unreachable 10.203.0.0/20").await;
+        let net = world.open("a").await;
+        net.ensure(Slot(1)).await.unwrap();
+        let address = net.seat(Slot(1)).unwrap().address;
+        assert_eq!(address.to_string(), "10.211.0.3");
+        let guest = Guest::start(&net, Slot(1));
+        assert!(guest.reaches(PUBLIC, PORT));
+
+        // Somebody's VPN comes up where the VMs are: theirs are more particular routes, and the claim stays.
+        route("route add 10.211.0.0/16 via 203.0.113.1").await;
+        drop(net);
+        let net = world.open("a").await;
+        assert_eq!(net.seat(Slot(1)).unwrap().address, address);
+        assert!(guest.reaches(PUBLIC, PORT));
+        // Once nothing holds it to the range it goes elsewhere.
+        drop(guest);
+        net.remove(Slot(1)).await.unwrap();
+        net.give_up().await.unwrap();
+        drop(net);
+        assert_eq!(world.open("a").await.seat(Slot(1)).unwrap().address.to_string(), "10.222.0.3");
+    });
+}
+
+#[test]
 fn a_caller_that_goes_away_stops_nothing_half_way() {
     on_host(|world| async move {
         let net = world.open("a").await;

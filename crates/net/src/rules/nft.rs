@@ -90,6 +90,10 @@ impl Transaction {
         self.0.push(json!({"delete": {"table": {"family": family, "name": name}}}));
     }
 
+    pub(crate) fn append(&mut self, other: &Self) {
+        self.0.extend(other.0.iter().cloned());
+    }
+
     /// For `nft -j -f -`.
     pub(crate) fn to_json(&self) -> Value {
         json!({ "nftables": self.0 })

@@ -40,6 +40,18 @@ pub(crate) fn ruleset(block: &Block, host: &[Ipv4Addr]) -> Transaction {
     rules
 }
 
+/// `rules` in place of whatever the namespace has of these tables, in one transaction.
+pub(crate) fn instead(rules: &Transaction) -> Transaction {
+    let mut all = Transaction::default();
+    for family in ["netdev", "ip"] {
+        // Adding it first makes deleting it never fail.
+        all.table(family, TABLE);
+        all.delete_table(family, TABLE);
+    }
+    all.append(rules);
+    all
+}
+
 /// What may come out of a tap at all, by frame; the rest (IPv6, VLANs, DHCP, multicast, other people's addresses) is dropped
 /// before anything looks at it.
 fn guard(table: &mut Table<'_>) {

@@ -1,0 +1,69 @@
+//! Brings the rules of slots in use up to date: those that an earlier server made, and all when the host has got an address
+//! that guests must not take for a public one. A slot's connections go on: each is in the kernel's table of them already.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use clawpot_host::netns::{self, in_netns_async};
+use clawpot_types::{Result, Slot};
+
+use crate::kernel::netlink::Netlink;
+use crate::kernel::nfnetlink::Ruleset;
+use crate::mark::RulesDigest;
+use crate::original::Original;
+use crate::rules;
+use crate::work::Workshop;
+
+/// Which rules the slots in use are known to have.
+#[derive(Debug, Default)]
+pub(crate) struct Known(Mutex<BTreeMap<Slot, RulesDigest>>);
+
+impl Known {
+    pub(crate) fn set(&self, slot: Slot, rules: RulesDigest) {
+        self.lock().insert(slot, rules);
+    }
+
+    pub(crate) fn forget(&self, slot: Slot) {
+        self.lock().remove(&slot);
+    }
+
+    fn is(&self, slot: Slot, rules: RulesDigest) -> bool {
+        self.lock().get(&slot) == Some(&rules)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Slot, RulesDigest>> {
+        // One insertion at a time.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Looks at each slot in use once for each change of the rules. Waits until a slot was made with them: what the kernel makes
+/// of rules is not known earlier.
+pub(crate) async fn all(shop: &Arc<Workshop>) -> Result<()> {
+    let original = shop.block(Workshop::original).await?;
+    let Some(compiled) = original.compiled() else { return Ok(()) };
+    for slot in shop.given() {
+        if !shop.known.is(slot, original.digest) {
+            one(shop, slot, &original, Arc::clone(&compiled)).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn one(shop: &Arc<Workshop>, slot: Slot, original: &Original, compiled: Arc<Ruleset>) -> Result<()> {
+    // Otherwise the next look does it.
+    let Some(_turn) = shop.turn_if_free(slot) else { return Ok(()) };
+    if !shop.may_talk(slot)? {
+        return Ok(());
+    }
+    let path = shop.site.netns(slot);
+    let look = move || Ok(Ruleset::read(&mut Netlink::netfilter()?)? == *compiled);
+    if !in_netns_async(path.clone(), look).await? {
+        tracing::info!(%slot, "a slot in use gets the rules of today");
+        let rules = rules::slot::instead(&original.rules);
+        let what = format!("network slot {slot}: renewing its rules");
+        shop.nft.run(&rules, Some(netns::open(&path)?), &what).await?;
+    }
+    shop.known.set(slot, original.digest);
+    Ok(())
+}
