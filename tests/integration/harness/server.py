@@ -144,9 +144,10 @@ class Server:
         return left
 
     def vmm_pids(self, vm_id: str) -> list[int]:
-        """Processes in the VM's cgroup."""
+        """Processes in the VM's cgroup. KVM may have put a thread of the kernel's there, which has no command line."""
         groups = [path for path in self.traces.cgroups() if vm_id in str(path) and (path / "cgroup.events").exists()]
-        return [int(line) for path in groups for line in (path / "cgroup.procs").read_text().split()]
+        pids = [int(line) for path in groups for line in (path / "cgroup.procs").read_text().split()]
+        return [pid for pid in pids if _command_line(pid)]
 
     def close(self) -> list[str]:
         """Deletes every VM, ends the server, and sweeps. Returns what had to be swept away by force."""
@@ -206,3 +207,9 @@ class Server:
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 if claim.is_file() and str(self.state_dir) in claim.read_text(encoding="utf-8"):
                     claim.unlink()
+
+
+def _command_line(pid: int) -> bytes:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path("/proc", str(pid), "cmdline").read_bytes()
+    return b""

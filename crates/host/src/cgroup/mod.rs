@@ -156,7 +156,8 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Every living process in it and in groups below it; none when it does not exist. A zombie is not a member.
+    /// Every living process in it and in groups below it; none when it does not exist. A zombie is not a member, nor is a
+    /// thread of the kernel's.
     pub fn members(&self) -> Result<Vec<Member>> {
         let what = || format!("reading the processes of the cgroup {}", self.name);
         let mut members = Vec::new();
@@ -182,6 +183,9 @@ impl Cgroup {
             Err(errno) => return Err(crate::failed(what(), errno)),
         };
         let Some(seen) = crate::process::cgroup_of(pid)? else { return Ok(None) };
+        if crate::process::is_kernel_thread(pid)? != Some(false) {
+            return Ok(None);
+        }
         let inside = seen.strip_prefix(&self.seen_as).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         let alive = crate::process::is_alive(&pidfd).map_err(|errno| crate::failed(what(), errno))?;
         Ok((inside && alive).then_some(Member { pid, pidfd }))

@@ -96,6 +96,22 @@ pub(crate) fn cgroup_of(pid: u32) -> Result<Option<String>> {
     Ok(text.and_then(|text| text.lines().find_map(|line| line.strip_prefix("0::").map(str::to_owned))))
 }
 
+/// Whether it is a thread of the kernel's; `None`: it is gone. KVM (Linux 6.1 seen) puts one, `kvm-nx-lpage-recovery`, into
+/// the cgroup of whoever makes a virtual machine. It is root's, cannot be killed, and ends with that machine.
+pub(crate) fn is_kernel_thread(pid: u32) -> Result<Option<bool>> {
+    let Some(stat) = read_proc(pid, "stat")? else { return Ok(None) };
+    let unreadable = || Error::new(Kind::Internal, format!("{}: unreadable stat {stat:?}", identifying(pid)));
+    kernel_thread(&stat).map(Some).ok_or_else(unreadable)
+}
+
+/// `PF_KTHREAD` of `include/linux/sched.h`, in the flags (field 9).
+fn kernel_thread(stat: &str) -> Option<bool> {
+    const KERNEL_THREAD: u64 = 0x0020_0000;
+    let (_, rest) = stat.rsplit_once(')')?;
+    let flags: u64 = rest.split_whitespace().nth(6)?.parse().ok()?;
+    Some(flags & KERNEL_THREAD != 0)
+}
+
 fn read_proc(pid: u32, file: &str) -> Result<Option<String>> {
     match std::fs::read(format!("/proc/{pid}/{file}")) {
         Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
@@ -122,6 +138,10 @@ mod tests {
     fn the_start_time_is_found_behind_any_name() {
         let stat = "42 (a) b) c) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654 1000 10 18446744073709551615";
         assert_eq!(start_ticks(stat), Some(987_654));
+        assert_eq!(kernel_thread(stat), Some(false));
+        let kernels = "367 (kvm-nx-lpage-recovery-1) S 2 0 0 0 -1 2097216 0 0 0 0 0 0 0 0 20 0 1 0 987654 0 0 184";
+        assert_eq!(kernel_thread(kernels), Some(true));
+        assert_eq!(is_kernel_thread(std::process::id()).unwrap(), Some(false));
         assert_eq!(start_ticks("42 (a"), None);
     }
 

@@ -25,7 +25,7 @@ pub use identity::{Identity, Proof};
 pub use spawn::{Output, Rlimits, Spawn, User};
 pub use tool::{Finished, Tool};
 
-pub(crate) use identity::cgroup_of;
+pub(crate) use identity::{cgroup_of, is_kernel_thread};
 
 /// Whether the process still runs; a zombie does not. A descriptor never comes to mean another process.
 pub fn is_alive(pidfd: &impl AsFd) -> Result<bool, Errno> {
