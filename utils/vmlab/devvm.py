@@ -185,12 +185,12 @@ def status(arguments: argparse.Namespace) -> int:
         return NO_VM
     running = machine.running()
     record = machine.record
-    image = golden.Golden.read(Path(record.golden))
-    fresh = image.recipe == recipe.current(record.profile).hash()
     if arguments.json:
         told = {**asdict(record), "state": "running" if running else "stopped", "directory": str(machine.directory)}
-        print(json.dumps({**told, "golden_current": fresh}, indent=1))
+        print(json.dumps(told, indent=1))
         return 0 if running else STOPPED
+    image = golden.Golden.read(Path(record.golden))
+    fresh = image.recipe == recipe.current(record.profile).hash()
     how = accel.Accel(**record.accel) if record.accel else None
     age = "" if fresh else ", outdated: destroy and launch makes a new one"
     size = f"{record.cpus} CPU{'s' if record.cpus > 1 else ''}, {record.memory_mib} MiB"
