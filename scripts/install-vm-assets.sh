@@ -221,8 +221,9 @@ main() {
   done
   [[ $(uname -m) == x86_64 ]] || die "only x86_64 hosts are supported so far, this is $(uname -m)"
 
-  need_packages "${build_needs[@]}" "${image_needs[@]}"
+  need_packages "${image_needs[@]}"
   if [[ -z $agent ]]; then
+    need_packages "${build_needs[@]}"
     need_rust
     triple=$(agent_target)
     step "building the guest agent" build_agent "$triple"

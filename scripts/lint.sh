@@ -20,7 +20,7 @@ rust_lints() {
 
 # Every tracked or new file that a shell runs.
 shell_files() {
-  git -C "$repo" ls-files --cached --others --exclude-standard -- scripts .ci utils ci .buildkite |
+  git -C "$repo" ls-files --cached --others --exclude-standard -- scripts .ci utils ci .buildkite packaging |
     while IFS= read -r file; do
       if [[ -f $repo/$file ]] && head -n 1 "$repo/$file" | grep -Eq '^#!.*\b(bash|sh)\b|^# shellcheck shell='; then echo "$file"; fi
     done
@@ -41,7 +41,7 @@ shell_lints() {
 
 python_lints() {
   local path
-  local -a paths=(scripts tests utils utils/devvm)
+  local -a paths=(scripts tests utils utils/devvm packaging packaging/test-in-vm)
   cd "$repo"
   for path in ci ci/inner-vm ci/run-local; do
     if [[ -e $path ]]; then paths+=("$path"); fi

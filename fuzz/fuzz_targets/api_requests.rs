@@ -1,5 +1,9 @@
 #![no_main]
 
+#[allow(dead_code, reason = "validate needs a part of it")]
+#[path = "../../clawpot-server/src/api/convert.rs"]
+mod convert;
+
 #[allow(dead_code, reason = "only part of it is called here")]
 #[path = "../../clawpot-server/src/api/validate.rs"]
 mod validate;

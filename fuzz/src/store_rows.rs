@@ -79,12 +79,13 @@ fn one_record(data: &[u8]) {
 /// The keys of ours that are in the table now.
 fn fill(raw: &Connection, data: &[u8]) -> BTreeSet<Vec<u8>> {
     let mut keys = BTreeSet::new();
+    let mut seen = BTreeSet::new();
     raw.execute_batch("BEGIN; DELETE FROM kv").expect("our table");
     for line in data.split(|byte| *byte == b'\n').take(64) {
         let mut parts = line.splitn(3, |byte| *byte == b' ');
         let (Some(key), Some(kind), Some(value)) = (parts.next(), parts.next(), parts.next()) else { continue };
         // Only such keys are ever written: ASCII. The rest of the row may be anything.
-        if key.len() > 256 || !key.iter().all(u8::is_ascii_graphic) || keys.contains(key) {
+        if key.len() > 256 || !key.iter().all(u8::is_ascii_graphic) || seen.contains(key) {
             continue;
         }
         let column = match kind {
@@ -93,6 +94,7 @@ fn fill(raw: &Connection, data: &[u8]) -> BTreeSet<Vec<u8>> {
             b"i" => "length(?2)",
             _ => continue,
         };
+        seen.insert(key);
         let insert = format!("INSERT INTO kv (key, revision, value) VALUES (CAST(?1 AS TEXT), 1, {column})");
         raw.prepare_cached(&insert).and_then(|mut insert| insert.execute((key, value))).expect("any value fits");
         if [&b"vms/"[..], b"slots/", b"names/"].iter().any(|prefix| key.starts_with(prefix)) {

@@ -1,0 +1,185 @@
+"""Run by packaging/test-in-vm as root in a VM whose PID 1 is systemd, from the unpacked package. Changes that machine.
+
+One story, as its steps depend on each other: the first that fails ends it.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STATE = Path("/var/lib/clawpot")
+UNIT = Path("/usr/lib/systemd/system/clawpot.service")
+FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+#: Two levels of emulation: a guest's boot takes half a minute.
+PATIENCE = 600
+
+
+def run(*words: str, check: bool = True, seconds: float = PATIENCE, **more: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL, **more)  # type: ignore[call-overload]
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(words)}: status {done.returncode}\n{done.stdout}{done.stderr}")
+    return done
+
+
+def show(name: str) -> str:
+    return run("systemctl", "show", "clawpot", "--property", name, "--value").stdout.strip()
+
+
+def until(what: str, holds, seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.5)
+
+
+def install(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    # Not as root: what the script does for an ordinary user with sudo.
+    environment = ["PREFIX=/usr", f"BIN_DIR={ROOT}/bin"]
+    command = ["runuser", "-u", "operator", "--", "env", *environment, str(ROOT / "packaging/install.sh"), *words]
+    return run(*command, check=check)
+
+
+class Vm:
+    """The VM `web`, and what must stay the same of it."""
+
+    def __init__(self) -> None:
+        said = json.loads(run("clawpot", "inspect", "web", "-o", "json").stdout)
+        self.id = (said[0] if isinstance(said, list) else said)["id"]
+        self.groups = [path.parent for path in Path("/sys/fs/cgroup").rglob(f"{self.id}-*/cgroup.procs")]
+        self.before = self.now()
+
+    def processes(self) -> dict[str, str]:
+        pids = {pid for group in self.groups for pid in (group / "cgroup.procs").read_text().split()}
+        # The 22nd field of stat: when it was started, which with its pid is one process and no other.
+        return {pid: Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19] for pid in pids}
+
+    def now(self) -> tuple[object, ...]:
+        limits = {name: (group / name).read_text() for group in self.groups for name in ("memory.max", "pids.max")}
+        inside = run("clawpot", "exec", "web", "--", "cat", "/proc/sys/kernel/random/boot_id").stdout
+        namespaces = sorted(path.name for path in Path("/run/netns").iterdir() if path.name.startswith("cp"))
+        assert namespaces, "no network namespace of ours is to be seen"
+        # Each can be entered from here: its mount is in everybody's mount namespace.
+        links = {name: "tap0" in run("ip", "-n", name, "-o", "link").stdout for name in namespaces}
+        return self.processes(), limits, inside, links
+
+    def is_untouched(self) -> None:
+        processes, limits, inside, links = self.now()
+        assert (processes, limits, inside) == self.before[:3], f"{(processes, limits, inside)} != {self.before[:3]}"
+        assert all(links.values()), links
+
+
+def shares_our_mounts() -> None:
+    pid = show("MainPID")
+    assert os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/1/ns/mnt"), "a mount namespace of its own"
+
+
+def installed() -> None:
+    run("useradd", "--create-home", "operator")
+    Path("/etc/sudoers.d/operator").write_text("operator ALL=(ALL) NOPASSWD: ALL\n")
+    FORWARD.write_text("0\n")
+    done = install("install")
+    assert "✓ installed" in done.stdout, done.stdout
+    assert FORWARD.read_text().strip() == "1"
+    assert "clawpot" in run("getent", "group", "clawpot").stdout
+    verified = run("systemd-analyze", "verify", "--man=no", str(UNIT))
+    assert "clawpot.service" not in verified.stderr, verified.stderr
+    install("install")
+    shutil.copytree(ROOT / "assets", STATE / "images")
+    for blob in (STATE / "images/blobs/sha256").iterdir():
+        blob.chmod(0o444)
+
+
+def started() -> None:
+    run("systemctl", "enable", "--now", "clawpot")
+    assert show("ActiveState") == "active", "Type=notify: it is active when it says so, and not before"
+    run("clawpot", "host")
+    shares_our_mounts()
+    run("clawpot", "create", "debian", "--name", "web", "--memory", "128")
+    until("web runs", lambda: "running" in run("clawpot", "ls").stdout.lower(), PATIENCE)
+
+
+def who_may_call() -> None:
+    run("useradd", "--groups", "clawpot", "friend")
+    run("useradd", "stranger")
+    assert "web" in run("runuser", "-u", "friend", "--", "clawpot", "ls").stdout
+    refused = run("runuser", "-u", "stranger", "--", "clawpot", "ls", check=False)
+    assert refused.returncode != 0 and "web" not in refused.stdout
+    assert "ermission" in refused.stderr, refused.stderr
+
+
+def restarted(vm: Vm) -> None:
+    before = show("MainPID")
+    run("systemctl", "restart", "clawpot")
+    assert show("MainPID") != before
+    vm.is_untouched()
+    shares_our_mounts()
+
+
+def killed(vm: Vm) -> None:
+    before = show("MainPID")
+    os.kill(int(before), signal.SIGKILL)
+    until("systemd started another", lambda: show("MainPID") not in ("0", before) and show("ActiveState") == "active")
+    vm.is_untouched()
+
+
+def stopped_and_started(vm: Vm) -> None:
+    run("systemctl", "stop", "clawpot")
+    assert vm.processes() == vm.before[0], "stopping the unit ended the VM"
+    assert run("clawpot", "ls", check=False).returncode != 0
+    run("systemctl", "start", "clawpot")
+    vm.is_untouched()
+
+
+def systemd_anew(vm: Vm) -> None:
+    """What systemd does to control groups when it thinks all over: ours are none of its units'."""
+    run("systemctl", "daemon-reload")
+    run("systemctl", "daemon-reexec")
+    run("systemctl", "restart", "ssh")
+    vm.is_untouched()
+
+
+def uninstalled(vm: Vm) -> None:
+    refused = install("uninstall", check=False)
+    assert refused.returncode != 0 and "still run" in refused.stderr, refused.stderr
+    assert show("ActiveState") == "active"
+    vm.is_untouched()
+    run("clawpot", "rm", "web")
+    done = install("uninstall")
+    assert "net.ipv4.ip_forward is 0 again" in done.stdout, done.stdout
+    assert FORWARD.read_text().strip() == "0"
+    gone = ("/usr/bin/clawpot", "/usr/sbin/clawpot-server", str(UNIT), "/etc/sysctl.d/60-clawpot.conf")
+    left = [path for path in gone if os.path.exists(path)]
+    assert not left, left
+    assert show("LoadState") == "not-found"
+    assert STATE.exists()
+    assert not [path.name for path in Path("/run/netns").glob("cp*")]
+    assert not list(Path("/sys/fs/cgroup").glob("clawpot/*/*"))
+    assert "clawpot" not in run("nft", "list", "tables").stdout
+
+
+def main() -> int:
+    vm: Vm | None = None
+    for step in (installed, started, who_may_call, restarted, killed, stopped_and_started, systemd_anew, uninstalled):
+        begun = time.monotonic()
+        try:
+            if step.__code__.co_argcount:
+                vm = vm or Vm()
+                step(vm)  # type: ignore[call-arg]
+            else:
+                step()  # type: ignore[call-arg]
+        except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
+            print(f"✗ {step.__name__}: {error}")
+            print(run("journalctl", "-u", "clawpot", "-n", "60", "--no-pager", check=False).stdout)
+            return 1
+        print(f"✓ {step.__name__}  {time.monotonic() - begun:.1f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
