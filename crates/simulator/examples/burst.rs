@@ -18,7 +18,7 @@ use clawpot_core::ports::Vmm;
 use clawpot_core::{Phase, RestartPolicy, VmmKind};
 use clawpot_store::{Options, SqliteStore, StateLock};
 use clawpot_testkit::{
-    Boot, FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeVmm, Faults, samples,
+    Boot, FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeVmm, Faults, samples,
 };
 use clawpot_types::VmId;
 use futures_util::StreamExt as _;
@@ -177,6 +177,7 @@ fn deps(host: &Arc<FakeHost>, store: Arc<SqliteStore>) -> Deps {
         vmms: Vmms::new(VmmKind::Qemu, [vmm]).unwrap(),
         console: Arc::new(FakeConsole::new(host)),
         guest: Arc::new(FakeGuest::new(host)),
+        room: Arc::new(FakeRoom::new(host)),
         clock: Arc::new(FakeClock::following_tokio()),
         ids: Arc::new(FakeIds::seeded(1)),
         boot_id: host.boot_id(),

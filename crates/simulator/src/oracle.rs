@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clawpot_control::records::{name_key, slot_key};
 use clawpot_control::service::create::Request;
+use clawpot_core::admission::Claim;
 use clawpot_core::ports::{Op, Txn};
 use clawpot_core::{Desired, Phase, VmRecord};
 use clawpot_testkit::FakeHost;
@@ -44,6 +45,8 @@ struct State {
     deletes: BTreeMap<VmId, Instant>,
     deletes_checked: u64,
     broken: Vec<String>,
+    /// MiB that VMs may hold in all.
+    memory: u64,
 }
 
 impl std::fmt::Debug for Oracle {
@@ -60,6 +63,11 @@ impl Oracle {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// MiB that VMs may hold in all, from now on; no less than they hold.
+    pub fn set_memory(&self, limit: u64) {
+        self.lock().memory = limit;
     }
 
     /// Something that must not be was seen.
@@ -186,7 +194,13 @@ impl Oracle {
         if record.phase == Phase::Deleting {
             self.acted_on(state, &id, wrong);
         }
-        state.vms.insert(id, Seen { revision, record });
+        let before = state.held();
+        let asked = record.generation;
+        let generation = state.vms.insert(id.clone(), Seen { revision, record }).map(|seen| seen.record.generation);
+        // Nobody is taken in beyond the limit; what a VM holds already, it keeps.
+        if state.held() > state.memory && state.held() > before && generation != Some(asked) {
+            wrong.push(format!("with VM {id} all VMs hold {} MiB of {}", state.held(), state.memory));
+        }
     }
 
     /// What the host shows to be otherwise. Only what nobody but the VM's own runner can change.
@@ -240,6 +254,12 @@ impl Oracle {
 }
 
 impl State {
+    /// MiB. A VM that is being deleted is counted by the server, and may have been at rest.
+    fn held(&self) -> u64 {
+        let stay = self.vms.values().filter(|seen| seen.record.phase != Phase::Deleting);
+        stay.map(|seen| Claim::of(&seen.record).memory).sum()
+    }
+
     fn appeared(&self, record: &VmRecord, txn: &Txn, wrong: &mut Vec<String>) {
         let id = &record.id;
         if self.gone.contains(id) {

@@ -96,9 +96,11 @@ async fn simulate(setup: &Setup) -> Report {
     let mut chance = Chance::new(setup.seed, 1);
     let slots = u32::try_from(chance.between(2, 12)).unwrap_or(2);
     let world = World::new(setup.seed, slots, setup.disk.clone(), setup.planted, Arc::clone(&trace));
+    let vms = u64::from(slots) / 2 + chance.between(1, 10);
+    world.set_room(vms, true);
     let supervisor = tokio::spawn(Arc::clone(&world).keep_a_daemon(Chance::new(setup.seed, 4)));
     let watcher = tokio::task::spawn_local(watch(Arc::clone(&world)));
-    let mut run = Run { world: Arc::clone(&world), clients: JoinSet::new(), done: 0 };
+    let mut run = Run { world: Arc::clone(&world), clients: JoinSet::new(), done: 0, vms };
     let outcome = run.whole(setup.operations, chance).await;
     supervisor.abort();
     watcher.abort();
@@ -120,6 +122,8 @@ struct Run {
     world: Arc<World>,
     clients: JoinSet<()>,
     done: u64,
+    /// For so many the host has memory.
+    vms: u64,
 }
 
 impl Run {
@@ -146,7 +150,7 @@ impl Run {
         let world = &self.world;
         world.trace.add(Thing::Operation(format!("{operation:?}")));
         self.done += 1;
-        if befall(world, &operation) {
+        if befall(world, &operation, self.vms) {
             return;
         }
         self.clients.spawn_local(client::act(Arc::clone(world), operation, self.done));
@@ -177,6 +181,8 @@ impl Run {
     /// Whoever failed or was stopped can be started, and every guest runs a command.
     async fn all_run(&mut self) -> Result<(), String> {
         self.rest().await?;
+        // All that was stopped meanwhile, too.
+        self.world.set_room(1 << 20, true);
         for (id, seen) in self.world.oracle.vms() {
             let idle = seen.record.phase != Phase::Running && stays(&seen.record);
             if idle {
@@ -241,7 +247,7 @@ fn stays(record: &VmRecord) -> bool {
 }
 
 /// What befalls the host or the daemon; `false`: it is a client's.
-fn befall(world: &Arc<World>, operation: &Operation) -> bool {
+fn befall(world: &Arc<World>, operation: &Operation, vms: u64) -> bool {
     let nth = |number: u64| {
         let living = world.host.living();
         let count = u64::try_from(living.len()).unwrap_or(1).max(1);
@@ -273,7 +279,8 @@ fn befall(world: &Arc<World>, operation: &Operation) -> bool {
         }
         Operation::DiskFull(time) => {
             world.full.store(true, Ordering::SeqCst);
-            tokio::spawn(empty_disk(Arc::clone(world), *time));
+            world.set_room(vms, false);
+            tokio::spawn(empty_disk(Arc::clone(world), *time, vms));
             true
         }
         Operation::Guests(boot) => {
@@ -298,8 +305,11 @@ async fn leave(world: Arc<World>) {
     }
 }
 
-async fn empty_disk(world: Arc<World>, time: Duration) {
-    tokio::time::sleep(time).await;
+async fn empty_disk(world: Arc<World>, time: Duration, vms: u64) {
+    tokio::time::sleep(time / 2).await;
+    // Above the watermark again, and the store still finds none.
+    world.set_room(vms, true);
+    tokio::time::sleep(time / 2).await;
     world.full.store(false, Ordering::SeqCst);
     world.weather.disturb(Duration::ZERO);
 }

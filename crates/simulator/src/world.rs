@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use clawpot_control::{Deps, Service, Settings, Vmms, start};
 use clawpot_core::VmmKind;
+use clawpot_core::admission::Room;
 use clawpot_core::ports::{Images, Net, Vmm};
 use clawpot_testkit::{
     Boot, FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeVmm, Faults,
-    Shutdown,
+    Shutdown, samples,
 };
-use clawpot_types::Result;
+use clawpot_types::{MiB, Result};
 use tokio::sync::Notify;
 
 use crate::chance::Chance;
@@ -82,6 +83,16 @@ impl World {
         })
     }
 
+    /// The host has memory for so many of the VMs that clients ask for, and its disk has room or not.
+    pub fn set_room(&self, vms: u64, disk: bool) {
+        let limit = vms * samples::spec().memory.0;
+        // A tenth is the host's own.
+        let memory = MiB((limit * 10).div_ceil(9));
+        let (disk, disk_free) = (MiB(1 << 30), MiB(if disk { 1 << 30 } else { 0 }));
+        self.host.set_room(Room { cpus: 1 << 20, memory, memory_available: memory, disk, disk_free });
+        self.oracle.set_memory(limit);
+    }
+
     pub fn tell(&self, what: impl Into<String>) {
         self.trace.add(Thing::Told(what.into()));
     }
@@ -107,9 +118,9 @@ impl World {
             vmms: Vmms::new(VmmKind::Qemu, [vmm])?,
             console: Arc::new(FakeConsole::new(&self.host)),
             guest: Arc::new(FakeGuest::new(&self.host)),
+            room: Arc::new(FakeRoom::new(&self.host)),
             clock: self.clock.clone(),
             ids: self.ids.clone(),
-            room: Arc::new(FakeRoom::new(&self.host)),
             boot_id: self.host.boot_id(),
             settings: Settings::default(),
         })

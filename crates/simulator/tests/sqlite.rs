@@ -1,5 +1,5 @@
 //! The same seeds over the real store: the same trace, so that what the simulator says of the fake holds for SQLite too
-//! (`docs/decisions/0011-simulator-stores.md`).
+//! (`docs/decisions/0006-simulator.md`).
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 

@@ -44,7 +44,7 @@ pub enum Method {
 }
 
 impl Method {
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::ImagesResolve,
         Self::ImagesLook,
         Self::ImagesEnsure,
@@ -75,6 +75,7 @@ impl Method {
         Self::StoreWatch,
         Self::EventsList,
         Self::EventsWatch,
+        Self::RoomLook,
     ];
 
     /// The steps of a VM's life on the host, each of which can fail or be the last before a crash.
