@@ -141,6 +141,9 @@ main() {
       activate
       if [[ -n $enable ]]; then as_root systemctl enable --now clawpot.service; fi
       say "✓ installed in $prefix"
+      if with_systemd && systemctl --quiet is-active clawpot.service; then
+        say "  the old server still runs: sudo systemctl restart clawpot (VMs run on)"
+      fi
       say "  images:  sudo CLAWPOT_IMAGE_DIR=$state/images scripts/install-vm-assets.sh; the same with scripts/setup-rootfs.sh debian"
       say "  start:   sudo systemctl enable --now clawpot"
       say "  callers: sudo adduser NAME clawpot (as good as root, see SECURITY.md)"

@@ -286,3 +286,22 @@ def test_a_url_without_its_digest_is_refused(install):
     done = install(FIRECRACKER_SHA256="")
     assert done.returncode != 0
     assert "FIRECRACKER_SHA256" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("scripts/setup-rootfs.sh", "../escape"), "image name"),
+        (("scripts/setup-rootfs.sh", "web", "--packages", "a;b"), "packages"),
+        (("scripts/setup-rootfs.sh", "--frobnicate"), "--frobnicate"),
+        (("scripts/lint.sh", "--frobnicate"), "--frobnicate"),
+        (("scripts/fuzz", "--frobnicate"), "--frobnicate"),
+        (("packaging/install.sh", "frobnicate"), "install or uninstall"),
+    ],
+)
+def test_wrong_words_are_refused_before_anything_is_done(tmp_path, words, said):
+    env = clean_environment() | {"CLAWPOT_IMAGE_DIR": str(tmp_path / "store"), "CARGO_TARGET_DIR": str(tmp_path / "target")}
+    done = subprocess.run([REPO / words[0], *words[1:]], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
