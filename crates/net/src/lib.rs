@@ -9,7 +9,7 @@
 //! - [`instance`], [`claim`] which instance a state directory is, and its block of slots on this host
 //! - [`address`], [`names`] what follows from block and slot: uids, addresses, names
 //! - [`SlotNet`] the `Net` port: `driver` (doors) → `work` (one slot, to its end) → `slot` (the steps) → `kernel`;
-//!   `warm` works ahead, `table` keeps the host's rules, `rules` writes all rules, `original` keeps a slot's as the kernel has
+//!   `warm` works ahead, `forget` ends connections, `table` keeps the host's rules, `rules` writes all rules, `original` keeps a slot's as the kernel has
 //!   them, `renew` brings those of slots in use up to date, `mark` tells after a crash what is what
 //!
 //! Called by the server's `app.rs`; calls `host` for threads, processes and files.
@@ -17,6 +17,7 @@
 pub mod address;
 pub mod claim;
 mod driver;
+mod forget;
 mod host;
 pub mod instance;
 mod kernel;

@@ -3,12 +3,16 @@
 
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use clawpot_types::Result;
 
 use crate::address::Block;
 use crate::kernel::nfnetlink::Ruleset;
 use crate::mark::RulesDigest;
 use crate::rules;
 use crate::rules::nft::Transaction;
+use crate::slot::Site;
 
 #[derive(Debug)]
 pub(crate) struct Original {
@@ -60,18 +64,27 @@ impl Original {
     }
 }
 
+/// For how long the host's addresses are taken for what they were. Listing them takes the longer the more slots there are,
+/// and slots are made one after the other; those in use learn of a new one within seconds (`crate::renew`).
+pub(crate) const REMEMBERED: Duration = Duration::from_secs(1);
+
 /// The one in force, made anew when the host's addresses are others.
 #[derive(Debug, Default)]
-pub(crate) struct Originals(Mutex<Option<Arc<Original>>>);
+pub(crate) struct Originals(Mutex<Option<(Instant, Arc<Original>)>>);
 
 impl Originals {
-    pub(crate) fn current(&self, block: &Block, host: Vec<Ipv4Addr>) -> Arc<Original> {
+    /// Blocks for a moment.
+    pub(crate) fn current(&self, site: &Site) -> Result<Arc<Original>> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(original) = kept.as_ref().filter(|original| original.host == host) {
-            return Arc::clone(original);
+        if let Some((when, original)) = kept.as_ref()
+            && when.elapsed() < REMEMBERED
+        {
+            return Ok(Arc::clone(original));
         }
-        let original = Arc::new(Original::new(block, host));
-        *kept = Some(Arc::clone(&original));
-        original
+        let host = site.host_addresses()?;
+        let same = kept.take().map(|(_, original)| original).filter(|original| original.host == host);
+        let original = same.unwrap_or_else(|| Arc::new(Original::new(&site.block, host)));
+        *kept = Some((Instant::now(), Arc::clone(&original)));
+        Ok(original)
     }
 }

@@ -15,7 +15,7 @@ use clawpot_types::{Error, Kind, Result, Slot};
 use crate::address::Block;
 use crate::kernel::link::{self, End, Mac, Own};
 use crate::kernel::netlink::Netlink;
-use crate::kernel::{conntrack, look, netns, sysctl, tap};
+use crate::kernel::{look, netns, sysctl, tap};
 use crate::mark::Mark;
 use crate::names::Names;
 use crate::steps::{Step, Steps};
@@ -118,14 +118,7 @@ impl Site {
         link::set_alias(&mut Netlink::route()?, &self.names.slot(slot), &mark.to_string())
     }
 
-    /// The host forgets the slot's connections, and the namespace loses its name. Its links go a moment later.
-    pub(crate) fn unmake(&self, slot: Slot, steps: &Steps) -> Result<()> {
-        let forgotten = conntrack::forget(self.block.slot_address(slot))?;
-        tracing::debug!(%slot, forgotten, "connections of a network slot deleted");
-        steps.reached(Step::Forgotten)?;
-        self.unname(slot)
-    }
-
+    /// The namespace loses its name. Its links go a moment later.
     pub(crate) fn unname(&self, slot: Slot) -> Result<()> {
         netns::remove(&self.netns(slot))
     }

@@ -7,6 +7,7 @@ use clawpot_types::{Error, Kind, Result, Slot};
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 use tokio::time::{Instant, sleep};
 
+use crate::forget::Forgetting;
 use crate::kernel::netlink::Netlink;
 use crate::kernel::netns;
 use crate::kernel::nfnetlink::Ruleset;
@@ -35,6 +36,7 @@ pub(crate) struct Workshop {
     pub(crate) steps: Steps,
     originals: Originals,
     pub(crate) known: Known,
+    forgetting: Forgetting,
     standing: Mutex<Vec<Standing>>,
     locks: Vec<Arc<tokio::sync::Mutex<()>>>,
     hands: Semaphore,
@@ -62,6 +64,7 @@ impl Workshop {
             steps: Steps::default(),
             originals: Originals::default(),
             known: Known::default(),
+            forgetting: Forgetting::default(),
             standing: Mutex::new(standing),
             locks,
             hands: Semaphore::new(AT_ONCE),
@@ -205,7 +208,7 @@ impl Workshop {
 
     /// The rules that a slot made now has. Blocks for a moment.
     pub(crate) fn original(&self) -> Result<Arc<Original>> {
-        Ok(self.originals.current(&self.site.block, self.site.host_addresses()?))
+        self.originals.current(&self.site)
     }
 
     /// Until nothing of the slot is left.
@@ -214,21 +217,21 @@ impl Workshop {
         if before == Standing::Absent && !self.is_anything_there(slot)? {
             return Ok(());
         }
-        let hand = self.hand().await?;
         self.set(slot, Standing::Leftover);
         self.known.forget(slot);
-        if matches!(before, Standing::Ready(_)) {
-            // It never said a word, so nobody has to forget any.
-            self.block(move |shop| shop.site.unname(slot)).await?;
-        } else {
+        // One that was only ready never said a word, so nobody has to forget any.
+        if !matches!(before, Standing::Ready(_)) {
+            let hand = self.hand().await?;
             self.block(move |shop| shop.site.mark(slot, Mark::Used)).await?;
             self.steps.reached(Step::MarkedUsed)?;
             self.table.silence(&self.nft, &self.site, slot).await?;
             self.steps.reached(Step::Silenced)?;
-            self.block(move |shop| shop.site.unmake(slot, &shop.steps)).await?;
+            drop(hand);
+            self.forgetting.connections_of(self.site.block.slot_address(slot)).await?;
+            self.steps.reached(Step::Forgotten)?;
         }
+        self.block(move |shop| shop.site.unname(slot)).await?;
         self.steps.reached(Step::Unnamed)?;
-        drop(hand);
         self.wait_for_link(slot).await?;
         self.steps.reached(Step::LinkGone)?;
         self.set(slot, Standing::Absent);

@@ -30,7 +30,7 @@ fn nothing_is_left_of_a_slot_and_then_of_the_instance() {
         net.remove(slot).await.unwrap();
         assert_eq!(net.look(slot).await.unwrap(), None);
         left_behind(&net, slot).await;
-        assert_eq!(conntrack::forget(net.seat(slot).unwrap().address).unwrap(), 0);
+        assert_eq!(conntrack::forget(&[net.seat(slot).unwrap().address].into()).unwrap(), 0);
 
         net.give_up().await.unwrap();
         let rules = Tool::new(paths().nft).args(["list", "ruleset"]).run().await.unwrap();
