@@ -101,13 +101,6 @@ def test_drain_stops_the_vms_first(second: Server, vm: str) -> None:
     assert second.cli.inspect(vm)["phase"] == "stopped"
 
 
-def _edit(server: Server, statement: str, *values: object) -> None:
-    """As an operator with sqlite3 would, while no server runs."""
-    with sqlite3.connect(server.state_dir / "state.db") as store:
-        assert store.execute(statement, values).rowcount == 1
-    store.close()
-
-
 def test_a_record_that_cannot_be_read_is_quarantined(second: Server, vm: str) -> None:
     """Shown, never touched, and `rm --force` is the way out."""
     if not second.cli.ls():
@@ -116,7 +109,7 @@ def test_a_record_that_cannot_be_read_is_quarantined(second: Server, vm: str) ->
     vm_id = second.cli.inspect(vm)["id"]
     disk = next(second.state_dir.glob(f"disks/{vm_id}*"))
     second.stop()
-    _edit(second, 'UPDATE kv SET value = \'{"version": 1, "id": 7\' WHERE key = ?', f"vms/{vm_id}")
+    second.edit('UPDATE kv SET value = \'{"version": 1, "id": 7\' WHERE key = ?', f"vms/{vm_id}")
     second.start()
     (shown,) = second.cli.ls()
     assert (shown["id"], shown["phase"]) == (vm_id, "quarantined")
@@ -138,11 +131,11 @@ def test_records_and_stores_of_a_newer_version_are_refused(second: Server) -> No
     vm_id = second.cli.inspect("newer")["id"]
     second.stop()
     key = f"vms/{vm_id}"
-    _edit(second, "UPDATE kv SET value = json_set(value, '$.version', 99) WHERE key = ?", key)
+    second.edit("UPDATE kv SET value = json_set(value, '$.version', 99) WHERE key = ?", key)
     refused = second.refuses()
     assert refused.returncode == 1 and vm_id in refused.stderr and "99" in refused.stderr, refused.stderr
     assert "newer" in refused.stderr
-    _edit(second, "UPDATE kv SET value = json_set(value, '$.version', 1) WHERE key = ?", key)
+    second.edit("UPDATE kv SET value = json_set(value, '$.version', 1) WHERE key = ?", key)
     with sqlite3.connect(second.state_dir / "state.db") as store:
         (version,) = store.execute("PRAGMA user_version").fetchone()
         store.execute("PRAGMA user_version = 99")

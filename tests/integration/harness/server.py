@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
 from collections import Counter
@@ -110,6 +111,12 @@ class Server:
             raise AssertionError(f"the server did not end within {seconds:g} s of {number.name}:\n{self.tail()}") from None
         self.process = None
         return code
+
+    def edit(self, statement: str, *values: object) -> None:
+        """One row of the store, as an operator with sqlite3 would, while no server runs."""
+        with sqlite3.connect(self.state_dir / "state.db") as store:
+            assert store.execute(statement, values).rowcount == 1
+        store.close()
 
     def tail(self, lines: int = 40) -> str:
         with contextlib.suppress(FileNotFoundError):

@@ -51,9 +51,11 @@ impl Runner {
     pub(crate) async fn run(mut self) {
         let mut pause = FIRST_PAUSE;
         let mut last = None;
+        let mut told = None;
         while !*self.leaving.borrow() {
             let Some(Row::Known { revision, record }) = self.records.get(&self.id) else { break };
             let facts = self.look(&record).await;
+            self.tell_unknown(&record, &facts, &mut told);
             match self.turn(revision, &record, &facts).await {
                 // The same step for the same facts of the same record: what it did is not to be seen yet.
                 Turn::Again if last.replace((revision, facts.clone())) == Some((revision, facts.clone())) => {
@@ -73,6 +75,18 @@ impl Runner {
                 Turn::Over => break,
             }
         }
+    }
+
+    /// A machine that cannot be looked at is let be until it can: whoever wonders why finds it in the log, once.
+    fn tell_unknown(&self, record: &VmRecord, facts: &Facts, told: &mut Option<String>) {
+        let why = match &facts.vmm {
+            Fact::Unknown(why) => Some(why.clone()),
+            _ => None,
+        };
+        if let Some(why) = why.as_ref().filter(|_| *told != why) {
+            warn!(vm = %self.id, name = %record.name, phase = %record.phase, why, "nothing is done: what is there is not known");
+        }
+        *told = why;
     }
 
     async fn turn(&mut self, revision: Revision, record: &VmRecord, facts: &Facts) -> Turn {

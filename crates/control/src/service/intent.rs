@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use clawpot_core::ports::Durability;
 use clawpot_core::request::{Answer, Request, answer};
-use clawpot_core::{Desired, VmRecord};
+use clawpot_core::{Desired, Fact, VmRecord};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Millis, Result, Revision, Timestamp, VmId};
 
@@ -57,8 +57,23 @@ impl Service {
             let (this, actor) = (self.clone(), actor.to_owned());
             return to_its_end(async move { this.force(&id, revision, &actor).await.map(|()| id) }).await;
         }
-        self.change(id.as_str(), Request::Delete, Some(Desired::Deleted), |_, _| {}, actor).await?;
+        let (_, record) = self.change(id.as_str(), Request::Delete, Some(Desired::Deleted), |_, _| {}, actor).await?;
+        if force {
+            self.end_strangers(&record).await?;
+        }
         Ok(id)
+    }
+
+    /// Of a machine whose processes cannot be told to be its own nothing is touched, except on this word.
+    async fn end_strangers(&self, record: &VmRecord) -> Result<()> {
+        let Some(choice) = &record.vmm else { return Ok(()) };
+        let vmm = self.deps.vmms.get(choice.kind)?;
+        if let Fact::Unknown(why) = vmm.inspect(&record.machine()).await {
+            tracing::warn!(vm = %record.id, why, "ended by force");
+            vmm.stop(&record.machine()).await?;
+            self.lives.wake(&record.id);
+        }
+        Ok(())
     }
 
     /// `desired`: what is wanted from now on; `None` leaves it, and the generation, as it is.

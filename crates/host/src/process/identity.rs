@@ -27,8 +27,10 @@ pub enum Proof {
     /// It is that process, held by this descriptor, and it lives.
     Alive(OwnedFd),
     Gone,
-    /// The same process, but it runs another program or sits in another cgroup: what differs.
-    Changed(String),
+    /// The same process, in another cgroup: somebody moved it.
+    Moved(String),
+    /// The same process, which has executed another program since.
+    OtherProgram(String),
 }
 
 impl Identity {
@@ -67,11 +69,11 @@ impl Identity {
         if !alive || now.start_ticks != self.start_ticks {
             return Ok(Proof::Gone);
         }
-        if now.exe != self.exe {
-            return Ok(Proof::Changed(format!("its program is {:?}, not {:?}", now.exe, self.exe)));
-        }
         if now.cgroup != self.cgroup {
-            return Ok(Proof::Changed(format!("its cgroup is {:?}, not {:?}", now.cgroup, self.cgroup)));
+            return Ok(Proof::Moved(format!("its cgroup is {:?}, not {:?}", now.cgroup, self.cgroup)));
+        }
+        if now.exe != self.exe {
+            return Ok(Proof::OtherProgram(format!("its program is {:?}, not {:?}", now.exe, self.exe)));
         }
         Ok(Proof::Alive(pidfd))
     }
@@ -153,8 +155,10 @@ mod tests {
         assert!(matches!(earlier.prove().unwrap(), Proof::Gone));
         let other_boot = Identity { boot_id: "another".to_owned(), ..own.clone() };
         assert!(matches!(other_boot.prove().unwrap(), Proof::Gone));
-        let other_program = Identity { exe: (0, 0), ..own };
-        assert!(matches!(other_program.prove().unwrap(), Proof::Changed(_)));
+        let other_program = Identity { exe: (0, 0), ..own.clone() };
+        assert!(matches!(other_program.prove().unwrap(), Proof::OtherProgram(_)));
+        let moved = Identity { cgroup: "/elsewhere".to_owned(), ..own };
+        assert!(matches!(moved.prove().unwrap(), Proof::Moved(_)));
         assert_eq!(Identity::of(u32::MAX).unwrap_err().kind(), Kind::NotFound);
     }
 }

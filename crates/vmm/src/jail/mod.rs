@@ -15,10 +15,11 @@
 //!
 //! | `inspect` says | when |
 //! |---|---|
-//! | Running | the cgroup has a process |
+//! | Running | the cgroup has a process, and the one that was written down is among them |
 //! | Prepared | `machine.json` is of this boot, `process.json` is not there |
 //! | Exited | anything else that is there, half-made or stale too: `destroy` is what it needs |
 //! | Absent | neither directory nor cgroup |
+//! | Unknown | the cgroup has processes, and none is the one that was written down: they are let be |
 //!
 //! Nothing here is synced: a power failure ends every machine anyway.
 
@@ -258,7 +259,14 @@ impl Jails {
     /// A handful of system calls.
     fn look(&self, jail: &Jail) -> Result<Option<VmmFact>> {
         match (jail.cgroup().populated()?, directory::look(jail)?) {
-            (Some(true), _) => Ok(Some(VmmFact::Running { attached: self.inner.consoles.is_drained(jail.id()) })),
+            (Some(true), _) => {
+                let attached = self.inner.consoles.is_drained(jail.id());
+                // What this daemon started, or attached to, is known.
+                if !attached {
+                    process::prove(jail)?;
+                }
+                Ok(Some(VmmFact::Running { attached }))
+            }
             // Not even in a hierarchy that only limits.
             (None, directory::State::Absent) if !jail.cgroup().exists()? => Ok(None),
             (_, directory::State::Prepared) => Ok(Some(VmmFact::Prepared)),

@@ -6,7 +6,7 @@ use clawpot_core::VmmFact;
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::cgroup::Limits;
 use clawpot_host::fs::replace_unsynced;
-use clawpot_host::process::{Identity, Output, Spawn};
+use clawpot_host::process::{Identity, Output, Proof, Spawn};
 use clawpot_types::{Error, Kind, Result};
 
 use super::{Jail, Jails};
@@ -43,4 +43,30 @@ where
     replace_unsynced(&jail.process(), &text, 0o600)?;
     failpoint::reached(Point::VmmIdentified);
     Ok(())
+}
+
+/// That what lives in the machine's group is the machine, after a restart of the daemon. `FailedPrecondition`: it is somebody
+/// else's, who came by its number or was put there; nobody but its owner may end that.
+pub(super) fn prove(jail: &Jail) -> Result<()> {
+    let path = jail.process();
+    let what = || format!("machine {}: telling whether its process is the one that was started", jail.id());
+    let text = match std::fs::read(&path) {
+        Ok(text) => text,
+        // The daemon died between fork and writing: whoever is in a group of this name was born into it.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(what(), error)),
+    };
+    let strange = |why: String| {
+        let hint = "end the processes in its cgroup, or give the VM up with all of them: clawpot rm --force";
+        Err(Error::new(Kind::FailedPrecondition, format!("{}: {why}", what())).hint(hint))
+    };
+    let Ok(identity) = serde_json::from_slice::<Identity>(&text) else {
+        return strange(format!("{} cannot be read", path.display()));
+    };
+    match identity.prove()? {
+        // A jailer has become its VMM: the same process.
+        Proof::Alive(_) | Proof::OtherProgram(_) => Ok(()),
+        Proof::Moved(how) => strange(format!("process {}: {how}", identity.pid)),
+        Proof::Gone => strange(format!("process {} has ended, and another is in its cgroup", identity.pid)),
+    }
 }
