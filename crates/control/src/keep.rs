@@ -65,7 +65,8 @@ pub(crate) async fn keep(service: Service, slots: BTreeSet<Slot>) {
     }
 }
 
-/// Machines of VMs that no row of the store knows, readable or not, and of earlier incarnations.
+/// Machines of VMs that no row of the store knows, readable or not, and of other incarnations than a VM has: a later one is there
+/// where a backup was restored.
 async fn stray_machines(service: &Service) -> Vec<(Arc<dyn Vmm>, MachineId)> {
     let mut strays = Vec::new();
     for vmm in service.deps.vmms.iter() {
@@ -82,7 +83,7 @@ async fn stray_machines(service: &Service) -> Vec<(Arc<dyn Vmm>, MachineId)> {
 
 fn is_stray(service: &Service, machine: &MachineId) -> bool {
     match service.records.get(&machine.vm) {
-        Some(Row::Known { record, .. }) => machine.incarnation < record.incarnation,
+        Some(Row::Known { record, .. }) => machine.incarnation != record.incarnation,
         Some(Row::Unreadable { .. }) => false,
         None => true,
     }
