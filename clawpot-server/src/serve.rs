@@ -7,12 +7,14 @@ use clawpot_common::v1::vm_service_server::VmServiceServer;
 use clawpot_common::{CONNECTION_WINDOW, DESCRIPTORS, MAX_MESSAGE_BYTES, STREAM_WINDOW};
 use clawpot_control::Service;
 use clawpot_types::{Error, Kind, Result};
+use futures_util::TryStreamExt as _;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tracing::{info, warn};
 
+use crate::api::access::{Doors, Peer};
 use crate::api::event::EventApi;
 use crate::api::host::{About, HostApi, ImageApi};
 use crate::api::vm::VmApi;
@@ -22,11 +24,16 @@ use crate::{app, metrics, socket};
 
 /// Requests in flight on one connection. A CLI has two.
 const STREAMS_PER_CONNECTION: u32 = 256;
+/// A request's headers, bytes: a path and some words of gRPC.
+const MAX_HEADER_BYTES: u32 = 16 << 10;
+/// A message to a service that is only asked something, bytes.
+const MAX_QUESTION_BYTES: usize = 64 << 10;
 
 pub async fn serve(config: Config) -> Result<()> {
     let group = socket::group(config.group.as_deref())?;
     let app = app::App::start(&config).await?;
     let api = socket::bind(&config.socket, "--socket", group)?;
+    let doors = Doors { own: rustix::process::geteuid().as_raw(), group };
     let scrape = socket::bind(&config.metrics_socket, "--metrics-socket", group)?;
     let (mut term, mut int) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
 
@@ -39,7 +46,7 @@ pub async fn serve(config: Config) -> Result<()> {
     }
 
     let ended = tokio::select! {
-        served = answer(api, app.service.clone(), app.about.clone()) => served,
+        served = answer(api, doors, app.service.clone(), app.about.clone()) => served,
         _ = term.recv() => Ok(()),
         _ = int.recv() => Ok(()),
     };
@@ -56,7 +63,7 @@ pub async fn serve(config: Config) -> Result<()> {
     ended.and(drained).and(closed)
 }
 
-async fn answer(listener: UnixListener, service: Service, about: About) -> Result<()> {
+async fn answer(listener: UnixListener, doors: Doors, service: Service, about: About) -> Result<()> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<VmServiceServer<VmApi>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
@@ -65,17 +72,22 @@ async fn answer(listener: UnixListener, service: Service, about: About) -> Resul
         .build_v1()
         .map_err(|error| Error::new(Kind::Internal, "API: preparing reflection").because(error))?;
     let vm = VmServiceServer::new(VmApi { service: service.clone() }).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let events = EventServiceServer::new(EventApi { service: service.clone() });
+    let host = HostServiceServer::new(HostApi { service: service.clone(), about });
+    let images = ImageServiceServer::new(ImageApi { service });
     Server::builder()
+        .layer(doors)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(STREAMS_PER_CONNECTION)
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
         .add_service(health_service)
         .add_service(reflection)
         .add_service(vm)
-        .add_service(EventServiceServer::new(EventApi { service: service.clone() }))
-        .add_service(HostServiceServer::new(HostApi { service: service.clone(), about }))
-        .add_service(ImageServiceServer::new(ImageApi { service }))
-        .serve_with_incoming(UnixListenerStream::new(listener))
+        .add_service(events.max_decoding_message_size(MAX_QUESTION_BYTES))
+        .add_service(host.max_decoding_message_size(MAX_QUESTION_BYTES))
+        .add_service(images.max_decoding_message_size(MAX_QUESTION_BYTES))
+        .serve_with_incoming(UnixListenerStream::new(listener).map_ok(Peer::new))
         .await
         .map_err(|error| Error::new(Kind::Internal, "API: no longer served").because(error))
 }

@@ -57,6 +57,7 @@ def test_each_end_has_its_reason_and_its_consequence(server: Server) -> None:
     # Its VMM is killed: started again, after a longer pause.
     for pid in server.vmm_pids(vm["id"]):
         os.kill(pid, signal.SIGKILL)
+    until(lambda: server.cli.inspect(name)["last_exit"]["reason"] == "vmm-died", seconds=20, what="its death told")
     # Whoever wants to run something waits with it.
     assert server.cli.sh(name, "cat /root/kept").ok().text == "kept\n"
     vm = _back(server, name, 3)

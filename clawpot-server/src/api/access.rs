@@ -1,13 +1,299 @@
-//! Who may call. Today there is one way in, a Unix socket that only root and its group can open (0660); the kernel tells
-//! who is at the other end, and every change is recorded under that name.
+//! Who may call. One table says what each call needs; who is at the other end says what they may.
+//!
+//! Today there is one way in, a Unix socket. The kernel tells who opened it (`SO_PEERCRED`, `SO_PEERGROUPS`): root, the server's
+//! own user and members of the socket's group may do everything; the file's mode (0660) keeps others out before that. Tokens
+//! and roles of remote callers will be further kinds of [`Caller`], over the same table.
 
+use std::future::Ready;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use clawpot_types::{Error, Kind};
+use futures_util::future::Either;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
 use tonic::Request;
-use tonic::transport::server::UdsConnectInfo;
+use tonic::body::Body;
+use tonic::codegen::http;
+use tonic::transport::server::Connected;
+use tower::{Layer, Service};
+use tracing::warn;
 
-/// "uid=1000", as the kernel says (`SO_PEERCRED`).
+use super::status::status;
+
+/// What a caller must be allowed for a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Need {
+    /// Tells nothing of any VM.
+    Nothing,
+    /// Looks.
+    View,
+    /// Changes what is, or gets into a guest.
+    Operate,
+}
+
+/// Every call there is. A test fails for one of `proto/clawpot/v1` that is not here; at run time it is refused.
+const TABLE: &[(&str, Need)] = &[
+    ("/clawpot.v1.EventService/ListEvents", Need::View),
+    ("/clawpot.v1.EventService/WatchEvents", Need::View),
+    ("/clawpot.v1.HostService/GetHost", Need::View),
+    ("/clawpot.v1.ImageService/ListImages", Need::View),
+    ("/clawpot.v1.VmService/CreateVm", Need::Operate),
+    ("/clawpot.v1.VmService/DeleteVm", Need::Operate),
+    ("/clawpot.v1.VmService/Exec", Need::Operate),
+    // What a guest prints is as private as its disk.
+    ("/clawpot.v1.VmService/GetConsole", Need::Operate),
+    ("/clawpot.v1.VmService/GetVm", Need::View),
+    ("/clawpot.v1.VmService/ListVms", Need::View),
+    ("/clawpot.v1.VmService/SetTtl", Need::Operate),
+    ("/clawpot.v1.VmService/StartVm", Need::Operate),
+    ("/clawpot.v1.VmService/StopVm", Need::Operate),
+    ("/clawpot.v1.VmService/WatchVms", Need::View),
+    ("/grpc.health.v1.Health/Check", Need::Nothing),
+    ("/grpc.health.v1.Health/List", Need::Nothing),
+    ("/grpc.health.v1.Health/Watch", Need::Nothing),
+    ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Need::Nothing),
+];
+
+/// `None`: no such call.
+fn need(path: &str) -> Option<Need> {
+    TABLE.iter().find(|(known, _)| *known == path).map(|(_, need)| *need)
+}
+
+/// Who is at the other end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// Of this host, by the kernel's word.
+    Local { uid: u32, groups: Arc<[u32]> },
+    /// The kernel would not say.
+    Unknown,
+}
+
+impl Caller {
+    fn of(stream: &UnixStream) -> Self {
+        match stream.peer_cred().and_then(|peer| {
+            let mut groups = clawpot_host::unix::peer_groups(stream)?;
+            groups.push(peer.gid());
+            Ok((peer.uid(), groups))
+        }) {
+            Ok((uid, groups)) => Self::Local { uid, groups: groups.into() },
+            Err(error) => {
+                warn!(%error, "asking the kernel who has connected");
+                Self::Unknown
+            }
+        }
+    }
+
+    /// "uid=1000", as events show it.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match self {
+            Self::Local { uid, .. } => format!("uid={uid}"),
+            Self::Unknown => "unknown".to_owned(),
+        }
+    }
+}
+
+/// Whom the socket is for.
+#[derive(Clone, Copy, Debug)]
+pub struct Doors {
+    /// The server's own user.
+    pub own: u32,
+    /// Beside root: the socket's group.
+    pub group: Option<u32>,
+}
+
+impl Doors {
+    /// Whether `caller` may make the call at `path`. `PermissionDenied` says who it was and what to do.
+    fn check(&self, caller: &Caller, path: &str) -> Result<(), Error> {
+        let Some(need) = need(path) else {
+            let shown: String = path.chars().take(100).collect();
+            return Err(Error::new(Kind::Unsupported, format!("{shown}: this server knows no such call")));
+        };
+        let call = path.rsplit('/').next().unwrap_or(path);
+        match caller {
+            _ if need == Need::Nothing => Ok(()),
+            Caller::Local { uid, groups }
+                if *uid == 0 || *uid == self.own || self.group.is_some_and(|group| groups.contains(&group)) =>
+            {
+                Ok(())
+            }
+            _ => Err(Error::new(Kind::PermissionDenied, format!("{call}: {} may not", caller.name())).hint(match self
+                .group
+            {
+                Some(_) => "use sudo, or join the socket's group (`sudo usermod -aG clawpot $USER`) and log in again",
+                None => {
+                    "use sudo, or make a group of callers: `sudo groupadd --system clawpot`, then restart the server"
+                }
+            })),
+        }
+    }
+}
+
+/// Who calls, for the events.
 pub fn actor<T>(request: &Request<T>) -> String {
-    match request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred) {
-        Some(peer) => format!("uid={}", peer.uid()),
-        None => "unknown".to_owned(),
+    request.extensions().get::<Caller>().map_or_else(|| Caller::Unknown.name(), Caller::name)
+}
+
+/// A connection that knows who opened it. Asked once, at its beginning: what the peer becomes later does not matter.
+#[derive(Debug)]
+pub struct Peer {
+    stream: UnixStream,
+    caller: Caller,
+}
+
+impl Peer {
+    pub fn new(stream: UnixStream) -> Self {
+        Self { caller: Caller::of(&stream), stream }
+    }
+}
+
+impl Connected for Peer {
+    type ConnectInfo = Caller;
+
+    fn connect_info(&self) -> Caller {
+        self.caller.clone()
+    }
+}
+
+impl AsyncRead for Peer {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Peer {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
+
+impl<S> Layer<S> for Doors {
+    type Service = Guarded<S>;
+
+    fn layer(&self, inner: S) -> Guarded<S> {
+        Guarded { inner, doors: *self }
+    }
+}
+
+/// Looks at who calls what before anything is read of it.
+#[derive(Clone, Debug)]
+pub struct Guarded<S> {
+    inner: S,
+    doors: Doors,
+}
+
+impl<S> Service<http::Request<Body>> for Guarded<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>>,
+{
+    type Response = http::Response<Body>;
+    type Error = S::Error;
+    type Future = Either<Ready<Result<http::Response<Body>, S::Error>>, S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let caller = request.extensions().get::<Caller>().unwrap_or(&Caller::Unknown);
+        match self.doors.check(caller, request.uri().path()) {
+            Ok(()) => Either::Right(self.inner.call(request)),
+            Err(refused) => Either::Left(std::future::ready(Ok(status(refused).into_http()))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use prost::Message as _;
+
+    use super::*;
+
+    /// Every call that the proto files of the public API describe.
+    fn described() -> BTreeSet<String> {
+        let files = prost_types::FileDescriptorSet::decode(clawpot_common::DESCRIPTORS).unwrap();
+        let public = files.file.iter().filter(|file| file.package() == "clawpot.v1");
+        let calls = public.flat_map(|file| &file.service).flat_map(|service| {
+            service.method.iter().map(|method| format!("/clawpot.v1.{}/{}", service.name(), method.name()))
+        });
+        calls.collect()
+    }
+
+    #[test]
+    fn every_call_is_in_the_table_and_nothing_else() {
+        let known: BTreeSet<String> =
+            TABLE.iter().map(|(path, _)| (*path).to_owned()).filter(|path| path.starts_with("/clawpot.")).collect();
+        assert_eq!(known, described(), "left: the table, right: proto/clawpot/v1");
+        assert!(TABLE.is_sorted_by_key(|(path, _)| *path), "in order, so that it can be read");
+        assert!(known.len() > 10);
+    }
+
+    fn local(uid: u32, groups: &[u32]) -> Caller {
+        Caller::Local { uid, groups: groups.into() }
+    }
+
+    #[test]
+    fn root_the_server_itself_and_the_group_may() {
+        let doors = Doors { own: 990, group: Some(44) };
+        for path in described() {
+            for caller in [local(0, &[]), local(990, &[]), local(1000, &[1000, 44])] {
+                assert!(doors.check(&caller, &path).is_ok(), "{caller:?} {path}");
+            }
+            for caller in [local(1000, &[1000]), local(1000, &[]), Caller::Unknown] {
+                let error = doors.check(&caller, &path).unwrap_err();
+                assert_eq!(error.kind(), Kind::PermissionDenied, "{caller:?} {path}");
+                assert!(error.to_string().ends_with(&format!("{} may not", caller.name())), "{error}");
+                assert!(error.next_step().unwrap().contains("usermod -aG clawpot"));
+            }
+        }
+        let alone = Doors { own: 0, group: None };
+        let error = alone.check(&local(1000, &[44]), "/clawpot.v1.VmService/GetVm").unwrap_err();
+        assert_eq!(error.to_string(), "GetVm: uid=1000 may not");
+        assert!(error.next_step().unwrap().contains("groupadd"), "{:?}", error.next_step());
+    }
+
+    #[test]
+    fn what_is_not_in_the_table_is_refused_to_everyone() {
+        let doors = Doors { own: 0, group: None };
+        for path in ["/clawpot.v1.VmService/Format", "/clawpot.agent.v1.Agent/Exec", "/", ""] {
+            assert_eq!(doors.check(&local(0, &[]), path).unwrap_err().kind(), Kind::Unsupported, "{path}");
+        }
+        assert!(doors.check(&Caller::Unknown, "/grpc.health.v1.Health/Check").is_ok());
+    }
+
+    #[tokio::test]
+    async fn the_kernel_tells_who_has_connected() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let Caller::Local { uid, groups } = Peer::new(ours).connect_info() else { panic!("the kernel knows") };
+        assert_eq!(uid, rustix::process::geteuid().as_raw());
+        assert!(groups.contains(&rustix::process::getegid().as_raw()));
     }
 }

@@ -12,6 +12,10 @@ use tokio::sync::oneshot;
 use tonic::{Status, Streaming};
 
 use super::status::status;
+use super::validate::{MAX_CWD, MAX_USER};
+
+/// Arguments, and variables, of one exec. Their bytes are bounded by the message (8 MiB; Linux takes 6).
+const MAX_WORDS: usize = 65_536;
 
 /// Which VM, and its first frame.
 pub struct Opening {
@@ -87,6 +91,20 @@ pub fn answers(output: BoxStream<Result<ExecOutput>>, refusal: Refusal) -> BoxSt
 fn start_of(start: v1::ExecStart) -> Result<ExecStart> {
     if start.argv.is_empty() || start.argv[0].is_empty() {
         return Err(bad("start.argv: a program is needed"));
+    }
+    if start.argv.len() > MAX_WORDS || start.env.len() > MAX_WORDS {
+        return Err(bad(&format!(
+            "start: {} arguments, {} variables: at most {MAX_WORDS} of each",
+            start.argv.len(),
+            start.env.len()
+        )));
+    }
+    if start.cwd.len() > MAX_CWD || start.user.len() > MAX_USER {
+        let (cwd, user) = (start.cwd.len(), start.user.len());
+        return Err(bad(&format!("start: cwd of {cwd} bytes, user of {user}: at most {MAX_CWD} and {MAX_USER}")));
+    }
+    if start.cwd.contains('\0') || start.user.contains('\0') {
+        return Err(bad("start: neither cwd nor user may contain a NUL byte"));
     }
     if start.argv.iter().any(|arg| arg.contains(&0)) {
         return Err(bad("start.argv: an argument contains a NUL byte"));
@@ -193,4 +211,52 @@ const fn reason(reason: ExecFailedReason) -> v1::exec_failed::Reason {
 
 fn bad(what: &str) -> Error {
     Error::new(Kind::InvalidArgument, format!("exec: {what}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(change: impl FnOnce(&mut v1::ExecStart)) -> String {
+        let mut start =
+            v1::ExecStart { exec_id: "a".repeat(16), argv: vec!["true".into()], ..v1::ExecStart::default() };
+        change(&mut start);
+        let frame = v1::ExecInput { frame: Some(v1::exec_input::Frame::Start(start)) };
+        opening(Some(frame)).map_or_else(|error| error.chain(), |_| "accepted".to_owned())
+    }
+
+    #[test]
+    fn every_bad_frame_is_told() {
+        use v1::exec_input::Frame;
+        let var = v1::EnvVar { name: "A".into(), value: "b".into() };
+        let frame =
+            |frame| input(v1::ExecInput { frame: Some(frame) }).map_or_else(|e| e.chain(), |_| "accepted".into());
+        let cases: Vec<(&str, String)> = vec![
+            ("nothing", refused(|_| {})),
+            ("no program", refused(|start| start.argv.clear())),
+            ("an empty program", refused(|start| start.argv = vec![Bytes::new()])),
+            ("65,537 arguments", refused(|start| start.argv = vec!["a".into(); MAX_WORDS + 1])),
+            ("65,537 variables", refused(|start| start.env = vec![var.clone(); MAX_WORDS + 1])),
+            ("an argument with a NUL", refused(|start| start.argv.push(Bytes::from_static(b"a\0b")))),
+            ("a variable without a name", refused(|start| start.env.push(v1::EnvVar::default()))),
+            ("a cwd of 4097", refused(|start| start.cwd = "/".repeat(4097))),
+            ("a cwd with a NUL", refused(|start| start.cwd = "\0".into())),
+            ("a user of 513", refused(|start| start.user = "u".repeat(513))),
+            ("an id of 17", refused(|start| start.exec_id = "a".repeat(17))),
+            (
+                "a terminal of 65,536 rows",
+                refused(|start| {
+                    start.tty = true;
+                    start.size = Some(v1::TerminalSize { rows: 65_536, columns: 80 });
+                }),
+            ),
+            ("stdin of 128 KiB", frame(Frame::Stdin(v1::ExecData { offset: 0, data: vec![0; EXEC_CHUNK * 2].into() }))),
+            ("a byte more", frame(Frame::Stdin(v1::ExecData { offset: 0, data: vec![0; EXEC_CHUNK * 2 + 1].into() }))),
+            ("signal 65", frame(Frame::Signal(v1::ExecSignal { number: 65 }))),
+            ("a second start", frame(Frame::Start(v1::ExecStart::default()))),
+        ];
+        let told: Vec<String> = cases.iter().map(|(case, told)| format!("{case:26} {told}")).collect();
+        insta::assert_snapshot!(told.join("\n"));
+        assert!(opening(None).is_err(), "an empty stream");
+    }
 }

@@ -14,8 +14,8 @@ use super::convert;
 const MAX_ENV: usize = 256;
 const MAX_ENV_BYTES: usize = 64 << 10;
 /// Longest working directory (`PATH_MAX`) and user (`LOGIN_NAME_MAX`, doubled for "user:group"), bytes.
-const MAX_CWD: usize = 4096;
-const MAX_USER: usize = 512;
+pub const MAX_CWD: usize = 4096;
+pub const MAX_USER: usize = 512;
 
 pub fn create(request: v1::CreateVmRequest, settings: &Settings) -> Result<CreateVm> {
     let name = match request.name.as_str() {
@@ -61,6 +61,11 @@ fn vm_spec(spec: v1::VmSpec, settings: &Settings) -> Result<VmSpec> {
     let env = env(spec.env)?;
     limit("spec.cwd", spec.cwd.len(), MAX_CWD)?;
     limit("spec.user", spec.user.len(), MAX_USER)?;
+    for (path, text) in [("spec.cwd", &spec.cwd), ("spec.user", &spec.user)] {
+        if text.contains('\0') {
+            return Err(bad(path, "contains a NUL byte".to_owned()));
+        }
+    }
     Ok(VmSpec { image, vcpus, memory, disk, env, cwd: spec.cwd, user: spec.user })
 }
 
@@ -147,6 +152,17 @@ mod tests {
             ("no image", error_of(|r| spec(r).image = String::new())),
             ("image is a path", error_of(|r| spec(r).image = "../../etc/passwd".into())),
             ("a label with =", error_of(|r| drop(r.labels.insert("a=b".into(), "c".into())))),
+            ("65 labels", error_of(|r| r.labels = (0..65).map(|n| (n.to_string(), String::new())).collect())),
+            ("a label of 129", error_of(|r| drop(r.labels.insert("k".into(), "v".repeat(129))))),
+            ("a label without a key", error_of(|r| drop(r.labels.insert(String::new(), "v".into())))),
+            (
+                "257 variables",
+                error_of(|r| spec(r).env = vec![v1::EnvVar { name: "A".into(), value: "b".into() }; 257]),
+            ),
+            ("a cwd of 4097", error_of(|r| spec(r).cwd = "/".repeat(4097))),
+            ("a cwd with a NUL", error_of(|r| spec(r).cwd = "/a\0b".into())),
+            ("a user of 513", error_of(|r| spec(r).user = "u".repeat(513))),
+            ("a policy of tomorrow", error_of(|r| r.restart = 9)),
             ("an env without a name", error_of(|r| spec(r).env.push(v1::EnvVar::default()))),
             (
                 "an env of 1 MiB",

@@ -96,10 +96,11 @@ impl VmService for VmApi {
     }
 
     async fn exec(&self, request: Request<Streaming<v1::ExecInput>>) -> Answer<Self::ExecStream> {
+        let actor = actor(&request);
         let mut frames = request.into_inner();
         let opening = exec::opening(frames.message().await?).map_err(status)?;
         let (rest, refusal) = exec::rest(frames);
-        let output = self.service.exec(&opening.vm, opening.first, rest).await.map_err(status)?;
+        let output = self.service.exec(&opening.vm, opening.first, rest, &actor).await.map_err(status)?;
         Ok(Response::new(exec::answers(output, refusal)))
     }
 

@@ -26,6 +26,10 @@ async fn a_vm_comes_up_runs_a_command_and_goes() {
     assert_eq!(house.exec(&id, &["exit", "7"]).await.unwrap().0, ExecEnd::Code(7));
     house.delete(&id).await;
     house.check_empty();
+    let execs: Vec<_> = house.store.all_events().into_iter().filter(|event| event.kind == "vm.exec").collect();
+    assert_eq!(execs.len(), 2, "{execs:?}");
+    assert!(execs.iter().all(|event| event.actor == "uid=0"), "{execs:?}");
+    assert!(execs[0].message.ends_with(": echo"), "the program and none of its arguments: {}", execs[0].message);
     let told: Vec<String> = house.store.all_events().into_iter().map(|event| event.kind).collect();
     assert_eq!(told.first().map(String::as_str), Some("vm.create"));
     assert_eq!(told.last().map(String::as_str), Some("vm.gone"));
@@ -126,7 +130,7 @@ async fn an_exec_of_a_dying_vm_ends_with_an_error() {
     let house = House::new().await;
     let id = house.running("web").await;
     let (first, rest) = program(&["sleep", "1000"]);
-    let mut output = house.service().exec(id.as_str(), first, rest).await.unwrap();
+    let mut output = house.service().exec(id.as_str(), first, rest, "uid=0").await.unwrap();
     assert!(output.next().await.unwrap().is_ok());
     house.host.kill_vmm(&id);
     assert_eq!(output.next().await.unwrap().unwrap_err().kind(), Kind::Unavailable);
@@ -232,7 +236,7 @@ async fn removed_when_no_client_comes_back() {
     let id = house.try_create("job", &body).await.unwrap();
     house.until(&id, Some(Phase::Running)).await;
     let (first, rest) = program(&["sleep", "100000"]);
-    let output = house.service().exec(id.as_str(), first, rest).await.unwrap();
+    let output = house.service().exec(id.as_str(), first, rest, "uid=0").await.unwrap();
     tokio::time::sleep(Duration::from_secs(300)).await;
     assert_eq!(house.phase(&id), Some(Phase::Running), "a client is attached");
     drop(output);

@@ -231,7 +231,7 @@ async fn a_time_to_live_stops_a_vm_or_removes_it() {
         house.until(&id, Some(Phase::Running)).await;
         // Someone works in it: that is no keep-alive.
         let (first, rest) = support::program(&["sleep", "1000"]);
-        let _attached = house.service().exec(id.as_str(), first, rest).await.unwrap();
+        let _attached = house.service().exec(id.as_str(), first, rest, "uid=0").await.unwrap();
         tokio::time::sleep(Duration::from_secs(59)).await;
         assert_eq!(house.phase(&id), Some(Phase::Running));
         tokio::time::sleep(Duration::from_secs(3)).await;

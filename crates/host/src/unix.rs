@@ -35,6 +35,38 @@ pub fn listen(path: &Path) -> Result<UnixListener> {
     Ok(listener)
 }
 
+/// Supplementary groups of whoever connected to `socket`, as they were then (`SO_PEERGROUPS`).
+pub fn peer_groups(socket: &impl AsRawFd) -> std::io::Result<Vec<u32>> {
+    // NGROUPS_MAX: what Linux lets a process have.
+    const MOST: usize = 65_536;
+    // Most have few; the kernel says how many bytes it wants where these do not suffice.
+    let mut groups: Vec<libc::gid_t> = vec![0; 64];
+    loop {
+        let size = size_of::<libc::gid_t>();
+        let mut bytes = libc::socklen_t::try_from(groups.len() * size).map_err(std::io::Error::other)?;
+        // SAFETY: the buffer has as many bytes as the call is told, which writes no more and says how many.
+        let done = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &raw mut bytes,
+            )
+        };
+        let count = usize::try_from(bytes).map_err(std::io::Error::other)? / size;
+        if done == 0 {
+            groups.truncate(count);
+            return Ok(groups);
+        }
+        let error = std::io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::ERANGE) || count <= groups.len() || count > MOST {
+            return Err(error);
+        }
+        groups.resize(count, 0);
+    }
+}
+
 /// `/proc/self/fd/N/<name>` for `path`, good while the returned descriptor lives.
 fn short_path(path: &Path) -> Result<(std::os::fd::OwnedFd, PathBuf)> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {

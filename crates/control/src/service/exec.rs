@@ -4,19 +4,23 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use clawpot_core::exec::{ExecInput, ExecOutput, ExecStart};
-use clawpot_core::ports::BoxStream;
+use clawpot_core::ports::{BoxStream, Txn};
 use clawpot_core::request::{Answer, Request, answer};
 use clawpot_core::{Desired, MachineId, Phase, VmRecord};
 use clawpot_types::{Error, Kind, Result, VmId};
 use futures_util::StreamExt as _;
 use tokio::sync::broadcast::error::RecvError;
+use tracing::warn;
 
-use super::{Service, known};
+use super::{Service, event, known};
 use crate::live::{Link, Lives};
 
 /// How long an exec waits at most until a running VM's guest is attached, a boot of 120 s before it included; attaching
 /// takes the runner some milliseconds.
 const ATTACH: std::time::Duration = std::time::Duration::from_secs(150);
+
+/// Characters of a program's name in an event.
+const SHOWN_PROGRAM: usize = 200;
 
 impl Service {
     /// One attachment to one exec in `vm`. `first` is `Start` or `Attach`; `rest` what the caller sends after.
@@ -25,12 +29,16 @@ impl Service {
         vm: &str,
         first: ExecInput,
         rest: BoxStream<ExecInput>,
+        actor: &str,
     ) -> Result<BoxStream<Result<ExecOutput>>> {
         let id = self.records.find(vm)?;
         let mut attachment = Attachment::new(self, &id);
         let (record, link) = self.ready(&id).await?;
         let first = match first {
-            ExecInput::Start(start) => ExecInput::Start(with_defaults(start, &record)),
+            ExecInput::Start(start) => {
+                self.tell_exec(&record, &start, actor).await;
+                ExecInput::Start(with_defaults(start, &record))
+            }
             other => other,
         };
         let input = Box::pin(futures_util::stream::once(async { first }).chain(rest));
@@ -55,6 +63,17 @@ impl Service {
             }
             next
         })))
+    }
+
+    /// Who ran which program; its arguments may be secrets. Written before it runs; on a store that cannot be written commands
+    /// run all the same.
+    async fn tell_exec(&self, record: &VmRecord, start: &ExecStart, actor: &str) {
+        let program = start.argv.first().map(|program| String::from_utf8_lossy(program)).unwrap_or_default();
+        let shown: String = program.chars().filter(|c| !c.is_control()).take(SHOWN_PROGRAM).collect();
+        let told = event(&self.deps, record, "vm.exec", format!("{}: {shown}", start.id), actor);
+        if let Err(error) = self.records.store().txn(Txn { events: vec![told], ..Txn::default() }).await {
+            warn!(vm = %record.id, error = error.chain(), "writing the event of a command");
+        }
     }
 
     /// Returns once no exec of this machine can say anything any more, and why.

@@ -151,7 +151,7 @@ impl House {
     /// Runs a program of the fake guest to its end.
     pub async fn exec(&self, id: &VmId, words: &[&str]) -> Result<(ExecEnd, String)> {
         let (first, rest) = program(words);
-        let mut output = self.service().exec(id.as_str(), first, rest).await?;
+        let mut output = self.service().exec(id.as_str(), first, rest, "uid=0").await?;
         let mut text = String::new();
         while let Some(frame) = output.next().await {
             match frame? {
