@@ -97,6 +97,12 @@ class Bench:
 
     # What is measured, in order.
 
+    def adoption(self) -> None:
+        """On fakes, with the real store: what a server with many VMs costs when it comes up."""
+        samples = json.loads(run(binaries() / "examples" / "adoption", seconds=600))
+        taken = self.add("500 VMs adopted (fakes, real store)", "ms", samples)
+        self.target("500 VMs adopted, slowest", max(taken.samples), 1000, "ms")
+
     def first(self) -> None:
         """The first VM of all formats the disk template and reads the image to verify it: once in a server's life."""
         self.server.cli("create", "--wait", "--name", "first", "debian").ok()
@@ -272,7 +278,7 @@ def _table(bench: Bench, host: dict[str, Any]) -> str:
 def _measured(world: World, server: Server, rounds: int, tell: Callable[[str], None]) -> tuple[Bench, dict[str, Any]]:
     bench = Bench(server, world, rounds)
     host = server.cli("host", "-o", "json").ok().json
-    for what in (bench.first, bench.idle, bench.lives, bench.dense, bench.execs):
+    for what in (bench.adoption, bench.first, bench.idle, bench.lives, bench.dense, bench.execs):
         tell(what.__name__)
         what()
     return bench, host
