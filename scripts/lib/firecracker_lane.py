@@ -309,7 +309,7 @@ def check(text: str) -> list[str]:
             said.append(f"{lane}: cannot tell whether {since} is current: {error}")
             continue
         if changes or changed:
-            more = f"{len(changes)} commits" + (" and the work tree" if changed else "")
+            more = f"{len(changes)} commit{'' if len(changes) == 1 else 's'}" + (" and the work tree" if changed else "")
             said.append(f"{lane}: not run since {since}: {more} changed crates/vmm")
         else:
             said.append(f"{lane}: current: crates/vmm is as it was in {since}")

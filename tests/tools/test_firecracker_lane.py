@@ -101,7 +101,7 @@ def test_a_change_of_the_driver_makes_the_record_old(repository: Path) -> None:
     assert lane.check(text)[0].startswith(f"nested, subset: not run since {first}: 0 commits and the work tree")
     assert lane.commit().endswith("+")
     commit(repository, "crates/vmm/lib.rs", "two")
-    assert lane.check(text) == [f"nested, subset: not run since {first}: 1 commits changed crates/vmm"]
+    assert lane.check(text) == [f"nested, subset: not run since {first}: 1 commit changed crates/vmm"]
 
 
 def test_what_cannot_be_told_is_not_called_current(repository: Path) -> None:
