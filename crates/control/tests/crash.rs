@@ -337,3 +337,17 @@ async fn a_slow_answer_of_the_store_makes_nobody_spin() {
     house.delete(&id).await;
     house.check_empty();
 }
+
+/// An intent whose answer was lost, while the store could not be asked either, is followed once it can. Found by the simulator.
+#[tokio::test(start_paused = true)]
+async fn an_intent_that_nobody_heard_of_is_followed() {
+    let house = House::new().await;
+    let id = house.running("web").await;
+    house.stop(&id).await;
+    house.faults.at(Method::StoreTxn, 1, Injection::ErrorAfter(Kind::Unavailable));
+    house.faults.at(Method::StoreList, 1, Injection::Error(Kind::Unavailable));
+    refused(house.service().start(id.as_str(), "uid=0").await);
+    house.until(&id, Some(Phase::Running)).await;
+    house.delete(&id).await;
+    house.check_empty();
+}

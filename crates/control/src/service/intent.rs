@@ -116,10 +116,10 @@ impl Service {
             let mut asked = (*record).clone();
             set(&mut asked, self.deps.clock.now());
             let done = match desired {
-                Some(desired) => set_desired(&self.deps, &self.records, (revision, asked), desired, actor).await?,
-                None => set_life(&self.deps, &self.records, (revision, asked), actor).await?,
+                Some(desired) => set_desired(&self.deps, &self.records, (revision, asked), desired, actor).await,
+                None => set_life(&self.deps, &self.records, (revision, asked), actor).await,
             };
-            if let Some(done) = done {
+            if let Some(done) = done.inspect_err(|_| self.find_out(id.clone()))? {
                 self.lives.wake(id);
                 return Ok(done);
             }

@@ -43,6 +43,8 @@ struct Shared {
     /// Slots of which something was left by nobody knows whom: given to no VM.
     blocked: Mutex<BTreeSet<Slot>>,
     ledger: Arc<admit::Ledger>,
+    /// VMs of which the store did not say whether a change was done.
+    in_doubt: Mutex<BTreeSet<VmId>>,
     leaving: watch::Sender<bool>,
     runners: Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
@@ -52,6 +54,7 @@ impl Service {
         let shared = Shared {
             last_slot: Mutex::new(None),
             blocked: Mutex::default(),
+            in_doubt: Mutex::default(),
             ledger: Arc::default(),
             leaving: watch::channel(false).0,
             runners: Mutex::new(Vec::new()),
@@ -129,16 +132,28 @@ impl Service {
         self.shared.runners.lock().unwrap_or_else(PoisonError::into_inner).push(task);
     }
 
-    /// Whether the create of `id` was done is not known, since the store did not say: asked until it does. A VM that is there
-    /// gets its runner.
+    fn in_doubt(&self) -> std::sync::MutexGuard<'_, BTreeSet<VmId>> {
+        self.shared.in_doubt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a change of `id` was done is not known, since the store did not say: asked until it does. A VM that is there
+    /// gets its runner, and the runner is woken.
     pub(crate) fn find_out(&self, id: VmId) {
+        // One asks for all.
+        if !self.in_doubt().insert(id.clone()) {
+            return;
+        }
         let (this, mut leaving) = (self.clone(), self.shared.leaving.subscribe());
         let asking = async move {
             loop {
                 tokio::time::sleep(this.deps.settings.limits.retry).await;
+                // Before it is asked: what fails from now on is asked for anew.
+                this.in_doubt().remove(&id);
                 if this.records.refresh(&id).await.is_ok() {
-                    return this.run(&id);
+                    this.run(&id);
+                    return this.lives.wake(&id);
                 }
+                this.in_doubt().insert(id.clone());
             }
         };
         let task = tokio::spawn(async move {
