@@ -41,7 +41,7 @@ def until(what: str, holds, seconds: float = 180) -> None:
 def install(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     # Not as root: what the script does for an ordinary user with sudo.
     environment = ["PREFIX=/usr", f"BIN_DIR={ROOT}/bin"]
-    command = ["runuser", "-u", "operator", "--", "env", *environment, str(ROOT / "packaging/install.sh"), *words]
+    command = ["runuser", "-u", "installer", "--", "env", *environment, str(ROOT / "packaging/install.sh"), *words]
     return run(*command, check=check)
 
 
@@ -83,8 +83,8 @@ def shares_our_mounts() -> None:
 
 
 def installed() -> None:
-    run("useradd", "--create-home", "operator")
-    Path("/etc/sudoers.d/operator").write_text("operator ALL=(ALL) NOPASSWD: ALL\n")
+    run("useradd", "--create-home", "installer")
+    Path("/etc/sudoers.d/installer").write_text("installer ALL=(ALL) NOPASSWD: ALL\n")
     FORWARD.write_text("0\n")
     done = install("install")
     assert "✓ installed" in done.stdout, done.stdout
