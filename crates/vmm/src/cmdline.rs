@@ -23,8 +23,10 @@ impl Transport {
 /// `i8042.*`: that controller has nothing else to probe.
 pub const FIRECRACKER: &str = "pci=off reboot=k i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd tsc=reliable";
 
-/// `tsc=reliable`: under load the watchdog would take an emulated TSC for broken. `i8042.*`: nothing to probe there.
-pub const QEMU: &str = "tsc=reliable i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd";
+/// `tsc=reliable`: under load the watchdog would take an emulated TSC for broken, and without `no_timer_check` the
+/// kernel panics when the emulator was not run for the 10 ms in which it counts timer interrupts ("IO-APIC + timer doesn't
+/// work"; seen with eight VMs booting on two cores). `i8042.*`: nothing to probe there.
+pub const QEMU: &str = "tsc=reliable no_timer_check i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd";
 
 /// `console=ttyS0`: what a guest prints is the log of a failed boot. `panic=-1`: a panic is a reboot, which ends the VMM.
 /// `loglevel=4`: warnings and worse; a full boot log costs 0.5 s on an emulated serial port.
