@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     "clawpot/v1/exec.proto",
     "clawpot/v1/vm.proto",
     "clawpot/v1/event.proto",
     "clawpot/v1/host.proto",
+    "clawpot/v1/image.proto",
     "clawpot/agent/v1/agent.proto",
 ];
 

@@ -23,7 +23,7 @@ case $prefix in
   *) kin=/etc unit=/etc/systemd/system/clawpot.service ;;
 esac
 
-binaries=("$prefix/bin/clawpot" "$prefix/sbin/clawpot-server" "$prefix/sbin/clawpot-edge")
+binaries=("$prefix/bin/clawpot" "$prefix/sbin/clawpot-server" "$prefix/sbin/clawpot-edge" "$prefix/sbin/clawpot-unpack")
 configuration=("$unit" "$kin/sysusers.d/clawpot.conf" "$kin/tmpfiles.d/clawpot.conf" "$sysctl_file")
 completions=("$prefix/share/bash-completion/completions/clawpot" "$prefix/share/zsh/site-functions/_clawpot"
   "$prefix/share/fish/vendor_completions.d/clawpot.fish")
@@ -34,13 +34,15 @@ put() { as_root install -D -m "$1" -- "$2" "$destdir$3"; }
 # fill FILE: with what only the installation knows.
 fill() { sed -e "s|@SBIN@|$prefix/sbin|g" -e "s|@STATE@|$state|g" -- "$1"; }
 
-build_release() { cargo_run build --locked --release --manifest-path "$repo/Cargo.toml" -p clawpot-server -p clawpot-cli -p clawpot-edge; }
+build_release() { cargo_run build --locked --release --manifest-path "$repo/Cargo.toml" \
+  -p clawpot-server -p clawpot-cli -p clawpot-edge -p clawpot-image; }
 
 install_files() {
   local scratch=$1 shell page
   put 755 "$bin_dir/clawpot" "${binaries[0]}"
   put 755 "$bin_dir/clawpot-server" "${binaries[1]}"
   put 755 "$bin_dir/clawpot-edge" "${binaries[2]}"
+  put 755 "$bin_dir/clawpot-unpack" "${binaries[3]}"
 
   fill "$here/systemd/clawpot.service.in" >"$scratch/unit"
   put 644 "$scratch/unit" "${configuration[0]}"

@@ -1,13 +1,13 @@
 //! The composition root: the only place that names a driver. Order matters: the lock before anything else, the store before
 //! what it speaks of, the doors last.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clawpot_agent_client::AgentClient;
 use clawpot_control::{Deps, Service};
-use clawpot_core::ports::Clock as _;
-use clawpot_image::LocalImages;
+use clawpot_core::ports::{Clock as _, ImageLibrary as _};
+use clawpot_image::{Library, LocalImages};
 use clawpot_net::{Claim, SlotNet};
 use clawpot_store::{SqliteStore, StateLock};
 use clawpot_types::{Error, InstanceId, Kind, Result};
@@ -25,6 +25,7 @@ use crate::vmms;
 pub struct App {
     pub service: Service,
     pub about: About,
+    pub library: Library,
     net: Arc<SlotNet>,
     resolver: Option<Keeper>,
     /// Held as long as the server lives.
@@ -39,6 +40,7 @@ impl App {
         let instance = clawpot_net::instance::read_or_create(&config.state_dir)?;
         let store = Arc::new(SqliteStore::open(&lock, clawpot_store::Options::default())?);
         let images = LocalImages::open(&config.image_dir, &config.state_dir)?;
+        let library = images.library(&unpacker()?, config.image_room);
         let consoles = Consoles::new(&config.state_dir);
         let vmms::Chosen { vmms, reason } = vmms::choose(config, &instance, &images, &consoles).await?;
         let net = Arc::new(network(config, &instance).await?);
@@ -65,8 +67,14 @@ impl App {
             settings: config.control.clone(),
         };
         let service = clawpot_control::start(deps).await?;
+        // What VMs are made of is told anew: the state directory may have moved.
+        if let Some(live) = crate::api::image::live(&service)
+            && let Err(error) = library.hold(Some(live)).await
+        {
+            warn!(error = error.chain(), "telling other servers which images are used");
+        }
         let about = About { instance, vmm_reason: reason, started_at: WallClock.now() };
-        Ok(Self { service, about, net, resolver, lock })
+        Ok(Self { service, about, library, net, resolver, lock })
     }
 
     /// The last thing. VMs keep what they need; where there is none, nothing of this instance stays on the host.
@@ -88,8 +96,15 @@ impl App {
         if let Some(resolver) = &mut self.resolver {
             resolver.remove().await?;
         }
+        self.library.hold(None).await?;
         self.net.give_up().await
     }
+}
+
+/// `clawpot-unpack`, which stands beside this program. Only a pull or an import misses it.
+fn unpacker() -> Result<PathBuf> {
+    let own = std::env::current_exe().map_err(|error| Error::io("finding this program", error))?;
+    Ok(own.with_file_name("clawpot-unpack"))
 }
 
 async fn network(config: &Config, instance: &InstanceId) -> Result<SlotNet> {

@@ -22,6 +22,12 @@ pub struct Options {
     /// Images, kernel and initramfs; on the same filesystem as the state directory [default: <state-dir>/images]
     #[arg(long, global = true, env = "CLAWPOT_IMAGE_DIR", value_name = "DIR")]
     pub image_dir: Option<PathBuf>,
+    /// What the image store may take on disk, MiB [default: what the disk has]
+    #[arg(long, global = true, env = "CLAWPOT_IMAGE_QUOTA_MIB", value_name = "MIB")]
+    pub image_quota_mib: Option<u64>,
+    /// What stays free of images on their filesystem, MiB [default: 1024]
+    #[arg(long, global = true, env = "CLAWPOT_IMAGE_RESERVE_MIB", value_name = "MIB")]
+    pub image_reserve_mib: Option<u64>,
     /// Unix socket of the API [default: /run/clawpot/api.sock, with another state directory <state-dir>/api.sock]
     #[arg(long, global = true, env = "CLAWPOT_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,
@@ -126,6 +132,7 @@ pub enum LogFormat {
 pub struct Config {
     pub state_dir: PathBuf,
     pub image_dir: PathBuf,
+    pub image_room: clawpot_image::Room,
     pub socket: PathBuf,
     pub metrics_socket: PathBuf,
     pub group: Option<String>,
@@ -165,6 +172,8 @@ fn overlay(over: Options, under: Options) -> Options {
     Options {
         state_dir: over.state_dir.or(under.state_dir),
         image_dir: over.image_dir.or(under.image_dir),
+        image_quota_mib: over.image_quota_mib.or(under.image_quota_mib),
+        image_reserve_mib: over.image_reserve_mib.or(under.image_reserve_mib),
         socket: over.socket.or(under.socket),
         metrics_socket: over.metrics_socket.or(under.metrics_socket),
         group: over.group.or(under.group),
@@ -190,6 +199,18 @@ fn overlay(over: Options, under: Options) -> Options {
         on_stop: over.on_stop.or(under.on_stop),
         log_format: over.log_format.or(under.log_format),
     }
+}
+
+fn image_room(quota: Option<u64>, reserve: Option<u64>) -> Result<clawpot_image::Room> {
+    let bytes = |mib: u64, field: &str| {
+        let none = || Error::new(Kind::InvalidArgument, format!("{field}: {mib} MiB is more than there is"));
+        MiB(mib).bytes().ok_or_else(none)
+    };
+    let usual = clawpot_image::Room::default();
+    Ok(clawpot_image::Room {
+        quota: quota.map(|mib| bytes(mib, "image_quota_mib")).transpose()?,
+        reserve: reserve.map_or(Ok(usual.reserve), |mib| bytes(mib, "image_reserve_mib"))?,
+    })
 }
 
 fn resolve(options: Options) -> Result<Config> {
@@ -219,6 +240,7 @@ fn resolve(options: Options) -> Result<Config> {
     )?;
     Ok(Config {
         image_dir: options.image_dir.unwrap_or_else(|| state_dir.join("images")),
+        image_room: image_room(options.image_quota_mib, options.image_reserve_mib)?,
         state_dir,
         socket,
         metrics_socket,

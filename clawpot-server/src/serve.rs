@@ -1,11 +1,12 @@
 //! What listens, and how it ends: SIGTERM and SIGINT leave the VMs running, or stop them first where the settings say so.
 
+use std::sync::Arc;
+
 use clawpot_common::v1::event_service_server::EventServiceServer;
 use clawpot_common::v1::host_service_server::HostServiceServer;
 use clawpot_common::v1::image_service_server::ImageServiceServer;
 use clawpot_common::v1::vm_service_server::VmServiceServer;
 use clawpot_common::{CONNECTION_WINDOW, DESCRIPTORS, MAX_MESSAGE_BYTES, STREAM_WINDOW};
-use clawpot_control::Service;
 use clawpot_types::{Error, Kind, Result};
 use futures_util::TryStreamExt as _;
 use tokio::net::UnixListener;
@@ -16,7 +17,8 @@ use tracing::{info, warn};
 
 use crate::api::access::{Doors, Peer};
 use crate::api::event::EventApi;
-use crate::api::host::{About, HostApi, ImageApi};
+use crate::api::host::HostApi;
+use crate::api::image::ImageApi;
 use crate::api::vm::VmApi;
 use crate::config::{Config, OnStop};
 use crate::metrics::Metrics;
@@ -28,6 +30,9 @@ const STREAMS_PER_CONNECTION: u32 = 256;
 const MAX_HEADER_BYTES: u32 = 16 << 10;
 /// A message to a service that is only asked something, bytes.
 const MAX_QUESTION_BYTES: usize = 64 << 10;
+
+/// A piece of an archive that is imported: the CLI's have 256 KiB.
+const MAX_PIECE_BYTES: usize = 512 << 10;
 
 pub async fn serve(config: Config) -> Result<()> {
     let group = socket::group(config.group.as_deref())?;
@@ -46,7 +51,7 @@ pub async fn serve(config: Config) -> Result<()> {
     }
 
     let ended = tokio::select! {
-        served = answer(api, doors, app.service.clone(), app.about.clone()) => served,
+        served = answer(api, doors, &app) => served,
         _ = term.recv() => Ok(()),
         _ = int.recv() => Ok(()),
     };
@@ -63,7 +68,9 @@ pub async fn serve(config: Config) -> Result<()> {
     ended.and(drained).and(closed)
 }
 
-async fn answer(listener: UnixListener, doors: Doors, service: Service, about: About) -> Result<()> {
+async fn answer(listener: UnixListener, doors: Doors, app: &app::App) -> Result<()> {
+    let (service, about) = (app.service.clone(), app.about.clone());
+    let library = Arc::new(app.library.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<VmServiceServer<VmApi>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
@@ -74,7 +81,7 @@ async fn answer(listener: UnixListener, doors: Doors, service: Service, about: A
     let vm = VmServiceServer::new(VmApi { service: service.clone() }).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let events = EventServiceServer::new(EventApi { service: service.clone() });
     let host = HostServiceServer::new(HostApi { service: service.clone(), about });
-    let images = ImageServiceServer::new(ImageApi { service });
+    let images = ImageServiceServer::new(ImageApi { service, library });
     Server::builder()
         .layer(doors)
         .initial_stream_window_size(STREAM_WINDOW)
@@ -86,7 +93,7 @@ async fn answer(listener: UnixListener, doors: Doors, service: Service, about: A
         .add_service(vm)
         .add_service(events.max_decoding_message_size(MAX_QUESTION_BYTES))
         .add_service(host.max_decoding_message_size(MAX_QUESTION_BYTES))
-        .add_service(images.max_decoding_message_size(MAX_QUESTION_BYTES))
+        .add_service(images.max_decoding_message_size(MAX_PIECE_BYTES))
         .serve_with_incoming(UnixListenerStream::new(listener).map_ok(Peer::new))
         .await
         .map_err(|error| Error::new(Kind::Internal, "API: no longer served").because(error))

@@ -2,7 +2,7 @@
 # Builds what runs on the host, and prepares what VMs boot. Sourced after common.sh, packages.sh.
 
 # The dev profile: half the build time of release, and no VM's speed depends on it.
-programs=(-p clawpot-server -p clawpot-cli -p clawpot-edge)
+programs=(-p clawpot-server -p clawpot-cli -p clawpot-edge -p clawpot-image)
 bin_dir=$target/debug
 
 build_programs() { cargo_run build --locked --manifest-path "$repo/Cargo.toml" "${programs[@]}"; }

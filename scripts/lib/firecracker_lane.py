@@ -204,7 +204,7 @@ def stage(programs: Programs) -> Programs:
     shutil.rmtree(STAGE, ignore_errors=True)
     for name in ("bin", "images/blobs/sha256", "images/manifests", "firecracker"):
         (STAGE / name).mkdir(parents=True)
-    for name in ("clawpot", "clawpot-server", "clawpot-edge"):
+    for name in ("clawpot", "clawpot-server", "clawpot-edge", "clawpot-unpack"):
         source, to = Path(os.environ["CLAWPOT_BIN_DIR"], name), STAGE / "bin" / name
         strip = shutil.which("strip")
         # Debug information is most of a program, and the way in is narrow.

@@ -109,7 +109,7 @@ def test_systemd_understands_the_unit(tmp_path):
 @pytest.fixture
 def make(tmp_path: Path):
     built = Path(os.environ.get("CLAWPOT_BIN_DIR", REPO / "target/debug"))
-    if not all((built / name).exists() for name in ("clawpot", "clawpot-server", "clawpot-edge")):
+    if not all((built / name).exists() for name in ("clawpot", "clawpot-server", "clawpot-edge", "clawpot-unpack")):
         pytest.skip(f"nothing is built in {built}")
 
     def make(verb: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -138,6 +138,7 @@ def test_install_lays_down_and_uninstall_takes_away(make, tmp_path, prefix, kin)
         f"{prefix}/bin/clawpot",
         f"{prefix}/sbin/clawpot-server",
         f"{prefix}/sbin/clawpot-edge",
+        f"{prefix}/sbin/clawpot-unpack",
         unit_path,
         f"{kin}/sysusers.d/clawpot.conf",
         f"{kin}/tmpfiles.d/clawpot.conf",

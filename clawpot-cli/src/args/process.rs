@@ -42,16 +42,18 @@ pub struct Process {
 }
 
 impl ProcessArgs {
-    /// Without a command a terminal gets a login shell.
-    pub fn process(&self, command: Vec<OsString>) -> Result<Process, Failure> {
+    /// Without a command a terminal gets a login shell. `implied`: nobody typed the command, the image says it; on a terminal
+    /// it then gets one.
+    pub fn process(&self, command: Vec<OsString>, implied: bool) -> Result<Process, Failure> {
         let terminal = std::io::stdin().is_terminal();
+        let both = terminal && std::io::stdout().is_terminal();
         let shell = command.is_empty();
-        if shell && !(terminal && std::io::stdout().is_terminal()) {
+        if shell && !both {
             return Err(Failure::new("no command given, and no terminal for a shell")
                 .hint("write it after `--`, like `-- uname -a`")
                 .code(2));
         }
-        let tty = self.tty || shell;
+        let tty = self.tty || shell || (implied && both);
         let argv = match shell {
             true => vec![Bytes::from_static(b"/bin/sh"), Bytes::from_static(b"-l")],
             false => command.into_iter().map(|word| Bytes::from(word.into_vec())).collect(),

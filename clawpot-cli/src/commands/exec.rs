@@ -34,7 +34,7 @@ pub struct Args {
 }
 
 pub async fn run(global: &Global, args: Args) -> Outcome {
-    let process = args.process.process(args.command)?;
+    let process = args.process.process(args.command, false)?;
     let api = global.api().await.map_err(|failure| failure.code(exec::end::OWN_FAILURE))?;
     let call = Call {
         called: args.vm.clone(),

@@ -3,11 +3,12 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use clawpot_common::v1::Vm;
+use clawpot_common::v1::{GetImageRequest, ImageDetail, Vm};
 use clawpot_types::ImageRef;
+use tonic::{Code, Response};
 
 use super::{INTERRUPTED, Outcome};
-use crate::api::Api;
+use crate::api::{Api, retrying};
 use crate::args::{ProcessArgs, VmArgs, process::Process, vm::image};
 use crate::cli::Global;
 use crate::exec::{self, Call, end::OWN_FAILURE};
@@ -30,9 +31,12 @@ pub struct Args {
     /// Name or digest of an image; `clawpot image ls` shows them
     #[arg(value_parser = image)]
     image: ImageRef,
-    /// The command; on a terminal a shell by default
+    /// The command, put behind the image's entrypoint where it has one [default: the image's, else on a terminal a shell]
     #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
+    /// Program to run in the place of the image's entrypoint; its own command is then left out. Empty for none
+    #[arg(long, value_name = "PROGRAM", help_heading = "The command")]
+    entrypoint: Option<OsString>,
     #[command(flatten)]
     vm: VmArgs,
     #[command(flatten)]
@@ -40,18 +44,58 @@ pub struct Args {
 }
 
 pub async fn run(global: &Global, args: Args) -> Outcome {
-    let process = args.process.process(args.command)?;
     let mut request = args.vm.request(&args.image, exec::random_id()?.to_string())?;
     request.remove_when_done = args.rm;
     let own = |failure: Failure| failure.code(OWN_FAILURE);
     let api = global.api().await.map_err(own)?;
+    let image = describe(&api, &args.image.to_string()).await.map_err(own)?;
+    let mut process = args.process(&image)?;
     let vm = super::create::create(&api, request).await.map_err(own)?;
+    // Between the two the name may have come to mean another image.
+    if image.image.as_ref().is_some_and(|image| image.digest != vm.image_digest) && !vm.image_digest.is_empty() {
+        process = args.process(&describe(&api, &vm.image_digest).await.map_err(own)?)?;
+    }
     let outcome = boot_and_exec(&api, &vm, process).await;
     match args.rm {
         true => remove(&api, &vm).await,
         false => note(&format!("VM {} stays; `clawpot rm {0}` deletes it", called(&vm))),
     }
     outcome
+}
+
+impl Args {
+    /// Docker's rule: the entrypoint, and behind it what was typed, or else the image's own command.
+    fn process(&self, image: &ImageDetail) -> Result<Process, Failure> {
+        let config = image.config.clone().unwrap_or_default();
+        let words = |words: Vec<String>| words.into_iter().map(OsString::from);
+        let mut argv: Vec<OsString> = match &self.entrypoint {
+            None => words(config.entrypoint).collect(),
+            Some(program) if program.is_empty() => Vec::new(),
+            Some(program) => vec![program.clone()],
+        };
+        if !self.command.is_empty() {
+            argv.extend(self.command.iter().cloned());
+        } else if self.entrypoint.is_none() {
+            argv.extend(words(config.cmd));
+        }
+        self.process.process(argv, self.command.is_empty())
+    }
+}
+
+/// What the image says. One that is not there says nothing: creating the VM tells it in full.
+async fn describe(api: &Api, image: &str) -> Result<ImageDetail, Failure> {
+    retrying(&format!("image {image}: looking at it"), || {
+        let (mut client, request) = (api.images(), GetImageRequest { image: image.to_owned() });
+        async move {
+            match client.get_image(request).await {
+                Err(status) if matches!(status.code(), Code::NotFound | Code::Unimplemented) => {
+                    Ok(Response::new(ImageDetail::default()))
+                }
+                answer => answer,
+            }
+        }
+    })
+    .await
 }
 
 async fn boot_and_exec(api: &Api, vm: &Vm, process: Process) -> Outcome {

@@ -34,6 +34,9 @@ fn every_verb_explains_itself() {
     ] {
         insta::assert_snapshot!(format!("help-{verb}"), help(&[verb]));
     }
+    for verb in ["pull", "import", "export", "tag", "rm", "gc"] {
+        insta::assert_snapshot!(format!("help-image-{verb}"), help(&["image", verb]));
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use crate::fake::{Fake, rest_event};
 use crate::{Ran, ended, eventually, kill};
 
 /// Times that differ from run to run.
-fn steady(text: &str) -> String {
+pub fn steady(text: &str) -> String {
     let mut steady = String::new();
     for line in text.replace(env!("CARGO_PKG_VERSION"), "VERSION").lines() {
         let line = match line.split_once("_at\": \"") {

@@ -6,6 +6,7 @@ mod doctor;
 mod exec;
 mod fake;
 mod help;
+mod image;
 mod listing;
 mod reconnect;
 mod run;

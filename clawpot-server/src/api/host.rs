@@ -1,13 +1,11 @@
-//! `clawpot.v1.HostService` and `ImageService`.
+//! `clawpot.v1.HostService`.
 
 use clawpot_common::v1;
 use clawpot_common::v1::host_service_server::HostService;
-use clawpot_common::v1::image_service_server::ImageService;
 use clawpot_control::Service;
 use clawpot_core::admission::Budget;
 use clawpot_types::{Error, InstanceId, Timestamp};
 use tonic::{Request, Response, Status};
-use tracing::warn;
 
 use super::convert;
 use super::status::status;
@@ -68,28 +66,5 @@ impl HostApi {
             low_disk_mib: budgets.low_disk,
         };
         Ok((capacity, budgets))
-    }
-}
-
-#[derive(Debug)]
-pub struct ImageApi {
-    pub service: Service,
-}
-
-#[tonic::async_trait]
-impl ImageService for ImageApi {
-    async fn list_images(&self, _: Request<v1::ListImagesRequest>) -> Result<Response<v1::ListImagesResponse>, Status> {
-        let (good, bad) = self.service.deps().images.list().await.map_err(status)?;
-        for image in bad {
-            warn!(image = image.name, error = image.error.chain(), "an image cannot be read");
-        }
-        let image = |image: clawpot_core::ports::ImageInfo| v1::Image {
-            name: image.name,
-            digest: image.digest.to_string(),
-            size_bytes: image.size_bytes,
-            created_at: Some(convert::timestamp(image.created_at)),
-            format: image.format,
-        };
-        Ok(Response::new(v1::ListImagesResponse { images: good.into_iter().map(image).collect() }))
     }
 }

@@ -1,6 +1,6 @@
 //! The doors: proto ⇄ domain, one file per service. Wire types stop here.
 //!
-//! - [`vm`] · [`event`] · [`host`] the services · [`exec`] frames · [`convert`] records as messages
+//! - [`vm`] · [`event`] · [`host`] · [`image`] the services · [`exec`] frames · [`convert`] records as messages
 //! - [`validate`] forms are checked with the field's path in every error · [`status`] one table from errors to statuses
 //! - [`access`] who may call what
 
@@ -9,6 +9,7 @@ pub mod convert;
 pub mod event;
 pub mod exec;
 pub mod host;
+pub mod image;
 pub mod status;
 pub mod validate;
 pub mod vm;

@@ -2,7 +2,7 @@
 
 use clawpot_common::v1;
 use clawpot_common::v1::vm_service_server::VmService;
-use clawpot_control::Service;
+use clawpot_control::{Service, Settings};
 use clawpot_core::ports::BoxStream;
 use futures_util::StreamExt as _;
 use tonic::{Request, Response, Status, Streaming};
@@ -14,6 +14,20 @@ use super::{convert, exec, validate};
 #[derive(Debug)]
 pub struct VmApi {
     pub service: Service,
+}
+
+impl VmApi {
+    /// The server's defaults, with those of the image in front. An image that cannot be described is told by the create itself.
+    async fn settings_for(&self, request: &v1::CreateVmRequest) -> Settings {
+        let mut settings = self.service.deps().settings.clone();
+        let Some(Ok(image)) = request.spec.as_ref().map(|spec| spec.image.parse()) else { return settings };
+        if let Ok(detail) = self.service.deps().images.describe(&image).await {
+            settings.default_vcpus = detail.machine.vcpus.unwrap_or(settings.default_vcpus);
+            settings.default_memory = detail.machine.memory.unwrap_or(settings.default_memory);
+            settings.default_disk = detail.machine.disk.unwrap_or(settings.default_disk);
+        }
+        settings
+    }
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -28,7 +42,8 @@ impl VmService for VmApi {
         let actor = actor(&request);
         let request = request.into_inner();
         let request_id = request.request_id.clone();
-        let body = validate::create(request, &self.service.deps().settings).map_err(status)?;
+        let settings = self.settings_for(&request).await;
+        let body = validate::create(request, &settings).map_err(status)?;
         let (revision, record) = self.service.create(&request_id, body, &actor).await.map_err(status)?;
         Ok(Response::new(convert::known(revision, &record)))
     }

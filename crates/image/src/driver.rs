@@ -3,11 +3,13 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use clawpot_core::ImagePin;
-use clawpot_core::ports::{BootFiles, ImageInfo, Images, UnreadableImage};
+use clawpot_core::ports::{BootFiles, ImageDetail, ImageInfo, Images, UnreadableImage};
 use clawpot_types::{Digest, Error, ImageRef, Kind, MiB, Result, VmId};
 
 use crate::disks::Disks;
+use crate::library::{Library, Room};
 use crate::manifest::Blob;
+use crate::refs::Refs;
 use crate::store::Store;
 use crate::verify::Verifier;
 
@@ -21,15 +23,26 @@ pub struct LocalImages {
 #[derive(Debug)]
 struct Files {
     store: Store,
-    verifier: Verifier,
+    verifier: Arc<Verifier>,
+    refs: Arc<Refs>,
 }
 
 impl LocalImages {
     /// `state` exists and belongs to this process alone; the store may be shared and needs not exist yet. Blocks.
     pub fn open(image_dir: &Path, state: &Path) -> Result<Self> {
         let verifier = Verifier::open(&state.join("verified.json"));
-        let files = Arc::new(Files { store: Store::new(image_dir)?, verifier });
+        let store = Store::new(image_dir)?;
+        let refs = Arc::new(Refs::open(&store, state)?);
+        crate::build::sweep(&store.cache())?;
+        let files = Arc::new(Files { store, verifier: Arc::new(verifier), refs });
         Ok(Self { files, disks: Disks::open(state)? })
+    }
+
+    /// The operator's side of the same store. `helper` is the path of `clawpot-unpack`.
+    #[must_use]
+    pub fn library(&self, helper: &Path, room: Room) -> Library {
+        let Files { store, verifier, refs } = &*self.files;
+        Library::new(store.clone(), Arc::clone(verifier), Arc::clone(refs), helper.to_owned(), room)
     }
 
     /// The host's kernel and initramfs, verified: what a probe VM boots, and the kernel's digest.
@@ -68,7 +81,11 @@ impl Files {
         let boot = self.store.boot()?;
         let manifest = self.store.by_digest(&pin.digest)?;
         let part = |role, blob: Blob| (role, self.store.blob_path(&blob.digest), blob);
-        Ok([part("kernel", boot.kernel), part("initramfs", boot.initramfs), part("image", manifest.rootfs.blob)])
+        Ok([
+            part("kernel", manifest.kernel.unwrap_or(boot.kernel)),
+            part("initramfs", boot.initramfs),
+            part("image", manifest.rootfs.blob),
+        ])
     }
 
     fn ensure(&self, pin: &ImagePin) -> Result<BootFiles> {
@@ -88,9 +105,16 @@ impl Images for LocalImages {
         self.blocking(move |files| {
             let (digest, _) = files.store.resolve(&image)?;
             files.store.boot()?;
+            // Before a record of the VM exists: from here on no collection takes the image away.
+            files.refs.mark(&digest)?;
             Ok(ImagePin { digest })
         })
         .await
+    }
+
+    async fn describe(&self, image: &ImageRef) -> Result<ImageDetail> {
+        let image = image.clone();
+        self.blocking(move |files| files.store.describe(&image)).await
     }
 
     async fn look(&self, pin: &ImagePin) -> Result<Option<()>> {

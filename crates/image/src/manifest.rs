@@ -2,22 +2,24 @@
 
 use std::path::Path;
 
-use clawpot_types::{Digest, Error, Kind, Result, Timestamp};
-use serde::Deserialize;
+use clawpot_core::ports::{ImageConfig, ImageSource, MachineDefaults};
+use clawpot_types::{Digest, Error, Kind, MiB, Result, Timestamp, Vcpus};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
-/// The newest version that is understood.
-pub const VERSION: u32 = 1;
+/// The newest version that is understood, and the one that is written here. The scripts write 1, which has no entrypoint, no
+/// command, no kernel, no machine and no source.
+pub const VERSION: u32 = 2;
 
 /// A file of the store: its content's digest, and its size in bytes.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Blob {
     pub digest: Digest,
     pub size: u64,
 }
 
 /// How the root file system is to be mounted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
     Ext4,
@@ -34,7 +36,7 @@ impl Format {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rootfs {
     #[serde(flatten)]
     pub blob: Blob,
@@ -42,11 +44,97 @@ pub struct Rootfs {
 }
 
 /// `manifests/<name>.json`. Its own digest, the SHA-256 of its bytes, is the image's.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
+    pub version: u32,
     pub rootfs: Rootfs,
+    #[serde(default)]
+    pub config: Config,
     #[serde(rename = "created_at_us")]
     pub created_at: Timestamp,
+    /// Its own; without one, the host's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<Blob>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<Machine>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+}
+
+/// Of commands. The first manifests may lack it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Config {
+    /// `NAME=value`.
+    #[serde(default)]
+    pub env: Vec<String>,
+    #[serde(default)]
+    pub entrypoint: Vec<String>,
+    #[serde(default)]
+    pub cmd: Vec<String>,
+    #[serde(default)]
+    pub cwd: String,
+    #[serde(default)]
+    pub user: String,
+}
+
+impl From<&Config> for ImageConfig {
+    fn from(config: &Config) -> Self {
+        let pair = |text: &String| {
+            let (name, value) = text.split_once('=').unwrap_or((text, ""));
+            (name.to_owned(), value.to_owned())
+        };
+        Self {
+            // A variable without a name cannot be set in any process.
+            env: config.env.iter().map(pair).filter(|(name, _)| !name.is_empty()).collect(),
+            entrypoint: config.entrypoint.clone(),
+            cmd: config.cmd.clone(),
+            cwd: config.cwd.clone(),
+            user: config.user.clone(),
+        }
+    }
+}
+
+/// What a machine gets that asks for nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<Vcpus>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<MiB>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mib: Option<MiB>,
+}
+
+impl From<&Machine> for MachineDefaults {
+    fn from(machine: &Machine) -> Self {
+        Self { vcpus: machine.vcpus, memory: machine.memory_mib, disk: machine.disk_mib }
+    }
+}
+
+/// Where an image came from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// "registry" or "archive".
+    pub kind: String,
+    pub reference: String,
+    /// Of the OCI manifest.
+    pub digest: Digest,
+    pub architecture: String,
+    pub config: Blob,
+    /// Lowest first, as they are kept in `oci/sha256/`.
+    pub layers: Vec<Blob>,
+}
+
+impl From<&Source> for ImageSource {
+    fn from(source: &Source) -> Self {
+        Self {
+            kind: source.kind.clone(),
+            reference: source.reference.clone(),
+            digest: source.digest.clone(),
+            architecture: source.architecture.clone(),
+            layers: source.layers.iter().map(|layer| (layer.digest.clone(), layer.size)).collect(),
+        }
+    }
 }
 
 /// `boot.json`: what every VM of this host boots, whatever its image.
@@ -60,6 +148,16 @@ pub struct Boot {
 #[derive(Deserialize)]
 struct Versioned {
     version: u32,
+}
+
+impl Manifest {
+    /// As it is written down; its digest is the image's.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        let mut bytes = serde_json::to_vec_pretty(self)
+            .map_err(|error| Error::new(Kind::Internal, "encoding an image's manifest").because(error))?;
+        bytes.push(b'\n');
+        Ok(bytes)
+    }
 }
 
 /// `Corrupt`: not what it should be; `Unsupported`: written by a newer version.
@@ -96,7 +194,7 @@ mod tests {
         );
         let manifest = read(&good).unwrap();
         assert_eq!((manifest.rootfs.blob.size, manifest.rootfs.format), (7, Format::Ext4));
-        assert_eq!(read(r#"{"version":2,"layers":[]}"#).unwrap_err().kind(), Kind::Unsupported);
+        assert_eq!(read(r#"{"version":3,"layers":[]}"#).unwrap_err().kind(), Kind::Unsupported);
         for bad in ["", "null", "{}", r#"{"version":1}"#, &good.replace("ext4", "ntfs"), &good.replace("sha256:a", "a")]
         {
             let error = read(bad).unwrap_err();

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use clawpot_core::ports::{ImageInfo, UnreadableImage};
+use clawpot_core::ports::{ImageDetail, ImageInfo, UnreadableImage};
 use clawpot_types::{Digest, Error, ImageRef, Kind, Result};
 use sha2::{Digest as _, Sha256};
 
@@ -13,10 +13,10 @@ use crate::manifest::{self, Boot, Manifest};
 /// A manifest is some hundred bytes; what is far more is none.
 const MANIFEST_LIMIT: u64 = 1 << 20;
 
-/// Everything here blocks, reads small files only and writes nothing.
+/// Everything here blocks, reads small files only and writes nothing; [`crate::write`] writes.
 #[derive(Clone, Debug)]
 pub struct Store {
-    dir: PathBuf,
+    pub(crate) dir: PathBuf,
 }
 
 impl Store {
@@ -38,7 +38,7 @@ impl Store {
         match image {
             ImageRef::Digest(digest) => Ok((digest.clone(), self.by_digest(digest)?)),
             ImageRef::Name(name) => {
-                let path = self.manifests().join(format!("{name}.json"));
+                let path = self.name_path(name);
                 let bytes = read_small(&path).map_err(|error| match error.kind() {
                     Kind::NotFound => self.unknown(image),
                     _ => error,
@@ -90,25 +90,41 @@ impl Store {
         for (name, path) in self.names()? {
             let read = read_small(&path).and_then(|bytes| Ok((digest_of(&bytes), manifest::parse(&path, &bytes)?)));
             match read {
-                Ok((digest, Manifest { rootfs, created_at })) => good.push(ImageInfo {
-                    name,
-                    digest,
-                    size_bytes: rootfs.blob.size,
-                    created_at,
-                    format: rootfs.format.as_str().to_owned(),
-                }),
+                Ok((digest, manifest)) => good.push(info(name, digest, &manifest)),
                 Err(error) => bad.push(UnreadableImage { name, error }),
             }
         }
         Ok((good, bad))
     }
 
-    fn manifests(&self) -> PathBuf {
+    pub(crate) fn manifests(&self) -> PathBuf {
         self.dir.join("manifests")
     }
 
+    /// The file that says what `name` means: `/` is written `%2F` there.
+    pub(crate) fn name_path(&self, name: &str) -> PathBuf {
+        self.manifests().join(format!("{}.json", name.replace('/', "%2F")))
+    }
+
+    /// All that the manifest of `image` says, and which names mean it.
+    pub fn describe(&self, image: &ImageRef) -> Result<ImageDetail> {
+        let (digest, manifest) = self.resolve(image)?;
+        let mut names = Vec::new();
+        for (name, path) in self.names()? {
+            // One that cannot be read means no image that anybody could be told about.
+            if read_small(&path).is_ok_and(|bytes| digest_of(&bytes) == digest) {
+                names.push(name);
+            }
+        }
+        let asked = match image {
+            ImageRef::Name(name) => name.clone(),
+            ImageRef::Digest(_) => String::new(),
+        };
+        Ok(detail(asked, names, digest, &manifest))
+    }
+
     /// Names and their files, sorted; half-written files begin with a dot.
-    fn names(&self) -> Result<Vec<(String, PathBuf)>> {
+    pub(crate) fn names(&self) -> Result<Vec<(String, PathBuf)>> {
         let dir = self.manifests();
         let what = || format!("listing images in {}", dir.display());
         let entries = match std::fs::read_dir(&dir) {
@@ -121,7 +137,7 @@ impl Store {
             let path = entry.map_err(|error| Error::io(what(), error))?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             match name.strip_suffix(".json") {
-                Some(stem) if !stem.starts_with('.') => names.push((stem.to_owned(), path)),
+                Some(stem) if !stem.starts_with('.') => names.push((stem.replace("%2F", "/"), path)),
                 _ => {}
             }
         }
@@ -132,19 +148,41 @@ impl Store {
     fn unknown(&self, image: &ImageRef) -> Error {
         let error = Error::new(Kind::NotFound, format!("image {image}: not in {}", self.dir.display()));
         match self.names() {
-            Ok(names) if names.is_empty() => error
-                .hint("there are no images yet: make one with scripts/setup-rootfs.sh, or name the right --image-dir"),
+            Ok(names) if names.is_empty() => error.hint(
+                "there are no images yet: get one with `clawpot image pull` or scripts/setup-rootfs.sh, or name the right --image-dir",
+            ),
             Ok(names) => {
                 let names: Vec<_> = names.into_iter().map(|(name, _)| name).collect();
-                error.hint(format!("there is {}; scripts/setup-rootfs.sh NAME makes another", names.join(", ")))
+                error.hint(format!("there is {}; `clawpot image pull` or scripts/setup-rootfs.sh gets another", names.join(", ")))
             }
             Err(failed) => error.and_cleanup(failed),
         }
     }
 }
 
+fn info(name: String, digest: Digest, manifest: &Manifest) -> ImageInfo {
+    ImageInfo {
+        name,
+        digest,
+        size_bytes: manifest.rootfs.blob.size,
+        created_at: manifest.created_at,
+        format: manifest.rootfs.format.as_str().to_owned(),
+    }
+}
+
+fn detail(name: String, names: Vec<String>, digest: Digest, manifest: &Manifest) -> ImageDetail {
+    ImageDetail {
+        info: info(name, digest, manifest),
+        names,
+        config: (&manifest.config).into(),
+        machine: manifest.machine.as_ref().map(Into::into).unwrap_or_default(),
+        kernel: manifest.kernel.as_ref().map(|kernel| kernel.digest.clone()),
+        source: manifest.source.as_ref().map(Into::into),
+    }
+}
+
 /// `NotFound` when there is none; never more than [`MANIFEST_LIMIT`].
-fn read_small(path: &Path) -> Result<Vec<u8>> {
+pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>> {
     let what = || format!("reading {}", path.display());
     let file = File::open(path).map_err(|error| Error::io(what(), error))?;
     let mut bytes = Vec::new();
@@ -155,6 +193,6 @@ fn read_small(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn digest_of(bytes: &[u8]) -> Digest {
+pub(crate) fn digest_of(bytes: &[u8]) -> Digest {
     Digest::from_sha256(&Sha256::digest(bytes).into())
 }

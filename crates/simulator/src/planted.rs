@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use clawpot_core::ports::{
-    BootFiles, Capabilities, GuestEndpoint, ImageInfo, Images, Machine, Net, Seat, UnreadableImage, Vmm,
+    BootFiles, Capabilities, GuestEndpoint, ImageDetail, ImageInfo, Images, Machine, Net, Seat, UnreadableImage, Vmm,
 };
 use clawpot_core::{Fact, ImagePin, MachineId, VmmFact};
 use clawpot_types::{ImageRef, MiB, Result, Slot, VmId};
@@ -48,6 +48,10 @@ struct Forgetful {
 impl Images for Forgetful {
     async fn resolve(&self, image: &ImageRef) -> Result<ImagePin> {
         self.images.resolve(image).await
+    }
+
+    async fn describe(&self, image: &ImageRef) -> Result<ImageDetail> {
+        self.images.describe(image).await
     }
 
     async fn look(&self, pin: &ImagePin) -> Result<Option<()>> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use clawpot_core::ImagePin;
-use clawpot_core::ports::{BootFiles, ImageInfo, Images, UnreadableImage};
+use clawpot_core::ports::{BootFiles, ImageConfig, ImageDetail, ImageInfo, Images, MachineDefaults, UnreadableImage};
 use clawpot_types::{Digest, Error, ImageRef, Kind, MiB, Result, VmId};
 
 use crate::faults::{Line, Method};
@@ -41,6 +41,19 @@ impl Images for FakeImages {
             })
         };
         self.line.call(Method::ImagesResolve, work).await
+    }
+
+    async fn describe(&self, image: &ImageRef) -> Result<ImageDetail> {
+        let digest = self.resolve(image).await?.digest;
+        let info = ImageInfo {
+            name: image.to_string(),
+            digest,
+            size_bytes: 1 << 20,
+            created_at: crate::time::START,
+            format: "ext4".to_owned(),
+        };
+        let (config, machine) = (ImageConfig::default(), MachineDefaults::default());
+        Ok(ImageDetail { info, names: vec![image.to_string()], config, machine, kernel: None, source: None })
     }
 
     async fn look(&self, pin: &ImagePin) -> Result<Option<()>> {

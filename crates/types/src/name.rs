@@ -90,6 +90,11 @@ pub enum ImageRef {
     Digest(Digest),
 }
 
+impl ImageRef {
+    /// Longest name, bytes: with every `/` escaped it is still a file name.
+    pub const MAX: usize = 200;
+}
+
 impl FromStr for ImageRef {
     type Err = Error;
 
@@ -97,16 +102,20 @@ impl FromStr for ImageRef {
         if text.starts_with("sha256:") {
             return text.parse().map(Self::Digest);
         }
-        // Names become file names: no '/', no leading dot.
-        let fits = (1..=128).contains(&text.len())
-            && text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
-            && text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-' | b':'));
-        if fits {
+        // As a registry's references, and as short ones: `debian`, `localhost:5000/team/app:1.2-RC1`.
+        let part = |part: &str| {
+            part.starts_with(|c: char| c.is_ascii_alphanumeric())
+                && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b':'))
+        };
+        if (1..=Self::MAX).contains(&text.len()) && text.split('/').all(part) {
             return Ok(Self::Name(text.to_owned()));
         }
         Err(Error::new(
             Kind::InvalidArgument,
-            format!("image {:?}: must be 1 to 128 of [a-z0-9._:-] starting with a letter or digit", shown(text)),
+            format!(
+                "image {:?}: must be 1 to 200 of [A-Za-z0-9._:/-], each part starting with a letter or digit",
+                shown(text)
+            ),
         ))
     }
 }
@@ -168,9 +177,11 @@ mod tests {
     }
 
     #[test]
-    fn image_names_are_file_names() {
-        assert!("debian".parse::<ImageRef>().is_ok());
-        for bad in ["", ".", "../etc", "a/b", "sha256:12", "-x"] {
+    fn image_names_are_references() {
+        for good in ["debian", "a/b", "localhost:5000/team/app:1.2-RC1"] {
+            assert!(good.parse::<ImageRef>().is_ok(), "{good}");
+        }
+        for bad in ["", ".", "../etc", "a/../b", "a//b", "/a", "a/", "sha256:12", "-x", "a b", "a@b", "a%2fb"] {
             assert!(bad.parse::<ImageRef>().is_err(), "{bad}");
         }
     }

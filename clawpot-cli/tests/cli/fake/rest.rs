@@ -5,10 +5,10 @@ use std::sync::Arc;
 use clawpot_common::v1::event_service_server::EventService;
 use clawpot_common::v1::host_service_server::HostService;
 use clawpot_common::v1::image_service_server::ImageService;
-use clawpot_common::v1::*;
+use clawpot_common::v1::{self, *};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::vms::{Answer, Frames};
 use super::{Service, State};
@@ -46,6 +46,83 @@ impl HostService for Service {
 
 #[tonic::async_trait]
 impl ImageService for Service {
+    type PullImageStream = Frames<v1::ImageProgress>;
+    type ImportImageStream = Frames<v1::ImageProgress>;
+    type ExportImageStream = Frames<v1::ImageChunk>;
+
+    /// `app` has an entrypoint and a command, `arm` cannot be described, any other says nothing.
+    async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Answer<v1::ImageDetail> {
+        match request.get_ref().image.as_str() {
+            "app" => Ok(Response::new(app())),
+            "arm" => Err(Status::unimplemented("image arm: its version is 9")),
+            _ => Ok(Response::new(v1::ImageDetail::default())),
+        }
+    }
+
+    async fn pull_image(&self, request: Request<v1::PullImageRequest>) -> Answer<Self::PullImageStream> {
+        use v1::image_progress::Event;
+        let request = request.into_inner();
+        if let Some(given) = request.credentials
+            && given.password != "secret"
+        {
+            return Err(Status::permission_denied("registry localhost:5000: it refuses demo/app:1.0"));
+        }
+        let step = v1::ImageStep {
+            id: "image".into(),
+            doing: "downloading".into(),
+            bytes: 1,
+            total_bytes: 2,
+            bytes_per_second: 1,
+        };
+        let events = [Event::Step(step), Event::Done(app())].map(|event| Ok(v1::ImageProgress { event: Some(event) }));
+        Ok(Response::new(Box::pin(tokio_stream::iter(events))))
+    }
+
+    /// Tells how many bytes came as the image's size.
+    async fn import_image(
+        &self,
+        request: Request<Streaming<v1::ImportImageRequest>>,
+    ) -> Answer<Self::ImportImageStream> {
+        use v1::import_image_request::Part;
+        let mut parts = request.into_inner();
+        let (mut bytes, mut name) = (0, String::new());
+        while let Some(part) = parts.message().await? {
+            match part.part {
+                Some(Part::Start(start)) => name = start.name,
+                Some(Part::Data(data)) => bytes += data.len() as u64,
+                None => {}
+            }
+        }
+        let mut detail = app();
+        if let Some(image) = &mut detail.image {
+            (image.name, image.size_bytes) = (name, bytes);
+        }
+        let done = v1::ImageProgress { event: Some(v1::image_progress::Event::Done(detail)) };
+        Ok(Response::new(Box::pin(tokio_stream::iter([Ok(done)]))))
+    }
+
+    async fn export_image(&self, _: Request<v1::ExportImageRequest>) -> Answer<Self::ExportImageStream> {
+        let chunks = ["one ", "two"].map(|data| Ok(v1::ImageChunk { data: data.into() }));
+        Ok(Response::new(Box::pin(tokio_stream::iter(chunks))))
+    }
+
+    async fn tag_image(&self, request: Request<v1::TagImageRequest>) -> Answer<v1::TagImageResponse> {
+        if request.get_ref().name == "taken" && !request.get_ref().replace {
+            return Err(Status::already_exists("image name taken: it means another already"));
+        }
+        Ok(Response::new(v1::TagImageResponse { digest: format!("sha256:{}", "ab".repeat(32)) }))
+    }
+
+    async fn remove_image(&self, _: Request<v1::RemoveImageRequest>) -> Answer<v1::RemoveImageResponse> {
+        Ok(Response::new(v1::RemoveImageResponse { digest: format!("sha256:{}", "ab".repeat(32)) }))
+    }
+
+    async fn collect_images(&self, _: Request<v1::CollectImagesRequest>) -> Answer<v1::CollectImagesResponse> {
+        let one = |kind: &str, size_bytes| v1::ImageGarbage { kind: kind.into(), name: "ab".repeat(32), size_bytes };
+        let removed = vec![one("image file", 300 << 20), one("layer", 100 << 20)];
+        Ok(Response::new(v1::CollectImagesResponse { removed, kept_bytes: 1 << 30 }))
+    }
+
     async fn list_images(&self, _: Request<ListImagesRequest>) -> Answer<ListImagesResponse> {
         let image = Image {
             name: "debian".into(),
@@ -55,6 +132,37 @@ impl ImageService for Service {
             format: "erofs".into(),
         };
         Ok(Response::new(ListImagesResponse { images: vec![image] }))
+    }
+}
+
+fn app() -> v1::ImageDetail {
+    let image = Image {
+        name: "app".into(),
+        digest: format!("sha256:{}", "ab".repeat(32)),
+        size_bytes: 350 << 20,
+        created_at: Some(prost_types::Timestamp { seconds: 0, nanos: 0 }),
+        format: "ext4".into(),
+    };
+    let words = |words: &[&str]| words.iter().map(ToString::to_string).collect();
+    v1::ImageDetail {
+        image: Some(image),
+        names: words(&["app", "localhost:5000/demo/app:1.0"]),
+        config: Some(v1::ImageConfig {
+            env: vec![v1::EnvVar { name: "PATH".into(), value: "/bin".into() }],
+            entrypoint: words(&["echo"]),
+            cmd: words(&["one"]),
+            cwd: "/srv".into(),
+            user: "app".into(),
+        }),
+        machine: Some(v1::MachineDefaults { vcpus: 2, memory_mib: 512, disk_mib: 0 }),
+        kernel_digest: String::new(),
+        source: Some(v1::ImageSource {
+            kind: "registry".into(),
+            reference: "localhost:5000/demo/app:1.0".into(),
+            digest: format!("sha256:{}", "cd".repeat(32)),
+            architecture: "amd64".into(),
+            layers: vec![v1::ImageLayer { digest: format!("sha256:{}", "ef".repeat(32)), size_bytes: 100 << 20 }],
+        }),
     }
 }
 

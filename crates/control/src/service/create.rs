@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use clawpot_core::admission::{Budget, Resource, Short};
-use clawpot_core::ports::TxnOutcome;
+use clawpot_core::ports::{ImageConfig, TxnOutcome};
 use clawpot_core::record::RECORD_VERSION;
 use clawpot_core::{Desired, ImagePin, Phase, Restart, RestartPolicy, VmRecord, VmSpec};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{
-    Error, Generation, Incarnation, Kind, Label, MiB, Millis, Result, Revision, Slot, Timestamp, VmId, VmName,
+    Error, Generation, ImageRef, Incarnation, Kind, Label, MiB, Millis, Result, Revision, Slot, Timestamp, VmId, VmName,
 };
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -80,8 +80,9 @@ impl Service {
             return self.repeated(&earlier.value, &body).await;
         }
         let image = self.deps.images.resolve(&body.spec.image).await?;
+        let config = self.deps.images.describe(&ImageRef::Digest(image.digest.clone())).await?.config;
         for _ in 0..ATTEMPTS {
-            let record = self.draft(&body, image.clone(), actor)?;
+            let record = self.draft(&body, image.clone(), &config, actor)?;
             let _promise = self.admit(&record, "create").await?;
             let extra = match &request_key {
                 Some(key) => Some((key.clone(), encode(&body, &record)?)),
@@ -106,14 +107,14 @@ impl Service {
         Err(Error::new(Kind::Conflict, "create: slots and names were taken by others again and again"))
     }
 
-    fn draft(&self, body: &CreateVm, image: ImagePin, actor: &str) -> Result<VmRecord> {
+    fn draft(&self, body: &CreateVm, image: ImagePin, config: &ImageConfig, actor: &str) -> Result<VmRecord> {
         let now = self.deps.clock.now();
         let mut record = VmRecord {
             version: RECORD_VERSION,
             id: self.deps.ids.vm_id(),
             name: body.name.clone().unwrap_or_else(|| self.deps.ids.vm_name()),
             labels: body.labels.clone(),
-            spec: body.spec.clone(),
+            spec: with_image(&body.spec, config),
             image,
             desired: Desired::Running,
             generation: Generation(1),
@@ -191,6 +192,21 @@ impl Service {
         let row = self.records.get(&earlier.vm);
         known(&earlier.vm, row).map_err(|error| error.context("request_id: used before"))
     }
+}
+
+/// What the owner says wins over what the image says. It is written down, so that nothing changes with the image's name.
+fn with_image(spec: &VmSpec, config: &ImageConfig) -> VmSpec {
+    let mut spec = spec.clone();
+    let own = std::mem::take(&mut spec.env);
+    spec.env = config.env.iter().filter(|(name, _)| !own.iter().any(|(given, _)| given == name)).cloned().collect();
+    spec.env.extend(own);
+    if spec.cwd.is_empty() {
+        spec.cwd.clone_from(&config.cwd);
+    }
+    if spec.user.is_empty() {
+        spec.user.clone_from(&config.user);
+    }
+    spec
 }
 
 /// Again, whatever the door checked: nothing out of range may reach the store.

@@ -12,7 +12,10 @@ mod vmm;
 
 pub use guest::{Guest, GuestEndpoint, Hello};
 pub use host::{Clock, HostRoom, Ids};
-pub use images::{BootFiles, ImageInfo, Images, UnreadableImage};
+pub use images::{
+    BootFiles, Collect, Collected, Credentials, Garbage, ImageConfig, ImageDetail, ImageInfo, ImageLibrary,
+    ImageProgress, ImageSource, ImageStep, Images, Import, MachineDefaults, Pull, UnreadableImage,
+};
 pub use net::{Net, Seat};
 pub use store::{
     Change, Durability, Entry, EventLog, Expect, Guard, Listing, Op, StateStore, Txn, TxnOutcome, Unreadable,

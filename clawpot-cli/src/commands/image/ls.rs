@@ -1,37 +1,20 @@
-//! `clawpot image`.
+//! `clawpot image ls`.
 
 use std::time::SystemTime;
 
-use clap::Subcommand;
 use clawpot_common::v1::ListImagesRequest;
 
-use super::Outcome;
 use crate::cli::{Format, Global};
+use crate::commands::Outcome;
 use crate::failure::Failure;
 use crate::output;
 use crate::view::image::{ImageView, list};
 
-/// Images that VMs are made of
+/// List images
 #[derive(Debug, clap::Args)]
-#[command(arg_required_else_help = true)]
-pub struct Args {
-    #[command(subcommand)]
-    verb: Verb,
-}
+pub struct Args {}
 
-#[derive(Debug, Subcommand)]
-enum Verb {
-    /// List images
-    Ls,
-}
-
-pub async fn run(global: &Global, args: Args) -> Outcome {
-    match args.verb {
-        Verb::Ls => ls(global).await,
-    }
-}
-
-async fn ls(global: &Global) -> Outcome {
+pub async fn run(global: &Global, _: Args) -> Outcome {
     let answer = global.api().await?.images().list_images(ListImagesRequest {}).await;
     let images = answer.map_err(|status| Failure::status("listing images", &status))?.into_inner().images;
     match global.output {

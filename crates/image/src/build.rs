@@ -1,0 +1,414 @@
+//! From layers to a file system: the server's side of the helper that [`crate::unpack`] is.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use clawpot_host::fs;
+use clawpot_host::process::{Child, Exit, Output, Spawn, find_program};
+use clawpot_types::{Digest, Error, Kind, Result};
+use rustix::fs::{MemfdFlags, OFlags, SealFlags};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::sync::mpsc;
+
+use crate::lock::Lock;
+use crate::unpack::limits::Limits;
+use crate::unpack::wire::{self, Order, ROOTFS, Report};
+
+/// Owners on the host of what helpers unpack: 64 ranges of 65,536 above those of machines (1,900,000,000 and up) and below 2³¹.
+const OWNERS_FROM: u32 = 2_000_000_000;
+const OWNERS: u32 = 65_536;
+const RANGES: u32 = 64;
+/// Which range is whose, for all servers of the host.
+const RANGES_DIR: &str = "/run/clawpot/unpack";
+/// What is kept of what the helper writes to stderr, bytes.
+const STDERR: u64 = 16 << 10;
+
+/// Where helpers work, and which program they are.
+#[derive(Clone, Debug)]
+pub struct Builder {
+    /// `clawpot-unpack`.
+    pub helper: PathBuf,
+    /// On the store's file system.
+    pub cache: PathBuf,
+}
+
+/// What the file system is to be.
+#[derive(Clone, Debug)]
+pub struct Recipe {
+    pub limits: Limits,
+    /// The same layers give the same identity.
+    pub uuid: String,
+    /// Seconds since the epoch, of what bears no time of its own.
+    pub time: i64,
+}
+
+/// What the helper is fed with, lowest layer first.
+#[derive(Debug)]
+pub enum Feed {
+    Layer { file: File, diff_id: Option<Digest> },
+    End,
+}
+
+/// How far it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// Packed bytes of the current layer.
+    Read(u64),
+    LayerDone,
+    /// Of the file system that is being made, bytes.
+    Making(u64),
+}
+
+/// A file system, synced, verified and nobody's yet. Dropping it removes it.
+#[derive(Debug)]
+pub struct Made {
+    pub path: PathBuf,
+    pub digest: Digest,
+    pub size: u64,
+    /// Device nodes in `/dev` and attributes that were left out.
+    pub devices: u64,
+    pub xattrs: u64,
+    _work: Work,
+}
+
+impl Builder {
+    /// Unpacks what `feed` gives and makes a file system of it. Dropping the future ends the helper and removes its files.
+    pub async fn build(
+        &self,
+        recipe: Recipe,
+        feed: mpsc::Receiver<Feed>,
+        told: impl Fn(Told) + Send + 'static,
+    ) -> Result<Made> {
+        let this = self.clone();
+        let (helper, socket, stderr) = blocking(move || this.start()).await?;
+        let maps = helper.owners.clone();
+        let pid = helper.child()?.pid();
+        let talk = blocking(move || dialog(&socket, pid, &maps, recipe, feed, told)).await;
+        let exit = helper.child()?.wait().await?;
+        let made = match talk {
+            Ok(_) if !exit.is_success() => {
+                Err(blame(Error::new(Kind::Internal, "making the file system"), exit, &stderr))
+            }
+            talk => talk.map_err(|error| blame(error, exit, &stderr)),
+        };
+        let work = helper.done()?;
+        // Also on failure nothing of it is left once that is told.
+        blocking(move || finish(work, made?)).await
+    }
+
+    fn start(&self) -> Result<(Helper, OwnedFd, File)> {
+        let work = Work::make(&self.cache)?;
+        let owners = Owners::claim(Path::new(RANGES_DIR))?;
+        std::os::unix::fs::chown(&work.dir, Some(owners.from), Some(owners.from))
+            .map_err(|error| Error::io(format!("giving away {}", work.dir.display()), error))?;
+        let failed = |errno: rustix::io::Errno| Error::io("preparing the helper", errno.into());
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).map_err(failed)?;
+        let stderr = stderr().map_err(failed)?;
+        let copy = stderr.try_clone().map_err(|error| Error::io("preparing the helper", error))?;
+        let spawn = Spawn::new(&self.helper).cwd(&work.dir).fd(theirs, wire::SOCKET).stderr(Output::To(copy.into()));
+        let child = spawn
+            .spawn()
+            .map_err(|error| error.hint("build it: cargo build -p clawpot-image; it stands beside clawpot-server"))?;
+        Ok((Helper { child: Some(child), work: Some(work), owners }, ours, stderr))
+    }
+}
+
+/// Of a fixed size, so that it never takes more memory.
+fn stderr() -> Result<File, rustix::io::Errno> {
+    let file = rustix::fs::memfd_create("stderr", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&file, STDERR)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok(file.into())
+}
+
+/// Runs `work` where it may block.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let task = tokio::task::spawn_blocking(work);
+    task.await.map_err(|error| Error::new(Kind::Internal, "an image task panicked").because(error))?
+}
+
+/// What the helper told before it became `mke2fs`.
+#[derive(Debug)]
+struct Making {
+    devices: u64,
+    xattrs: u64,
+}
+
+fn dialog(
+    socket: &OwnedFd,
+    pid: u32,
+    owners: &Owners,
+    recipe: Recipe,
+    mut feed: mpsc::Receiver<Feed>,
+    told: impl Fn(Told),
+) -> Result<Making> {
+    match report(socket)? {
+        Report::Unshared => owners.map(pid)?,
+        other => return Err(unexpected(&other)),
+    }
+    wire::send(socket.as_fd(), &Order::Mapped { limits: recipe.limits }, None)?;
+    loop {
+        match feed.blocking_recv() {
+            None => return Err(Error::new(Kind::Cancelled, "unpacking: nobody wants it any more")),
+            Some(Feed::Layer { file, diff_id }) => {
+                wire::send(socket.as_fd(), &Order::Layer { diff_id }, Some(file.as_fd()))?;
+                loop {
+                    match report(socket)? {
+                        Report::Progress { read } => told(Told::Read(read)),
+                        Report::LayerDone => break told(Told::LayerDone),
+                        other => return Err(unexpected(&other)),
+                    }
+                }
+            }
+            Some(Feed::End) => break,
+        }
+    }
+    let mke2fs = find_program("mke2fs", std::env::var_os("PATH").as_deref())
+        .map_err(|error| error.hint("install the package e2fsprogs"))?;
+    let order = Order::Make { uuid: recipe.uuid, time: recipe.time, mke2fs: mke2fs.to_string_lossy().into_owned() };
+    wire::send(socket.as_fd(), &order, None)?;
+    match report(socket)? {
+        Report::Making { bytes, devices, xattrs } => {
+            told(Told::Making(bytes));
+            // The socket closes when it becomes mke2fs, and only a failure says something before.
+            match wire::receive::<Report>(socket)? {
+                None => Ok(Making { devices, xattrs }),
+                Some((Report::Failed { kind, what, hint }, _)) => Err(failure(kind, what, hint)),
+                Some((other, _)) => Err(unexpected(&other)),
+            }
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn report(socket: &OwnedFd) -> Result<Report> {
+    match wire::receive(socket)? {
+        Some((Report::Failed { kind, what, hint }, _)) => Err(failure(kind, what, hint)),
+        Some((report, _)) => Ok(report),
+        None => Err(Error::new(Kind::Internal, "unpacking: the helper ended")),
+    }
+}
+
+fn failure(kind: Kind, what: String, hint: Option<String>) -> Error {
+    let error = Error::new(kind, what);
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}
+
+fn unexpected(report: &Report) -> Error {
+    Error::new(Kind::Internal, format!("unpacking: the helper said {report:?}"))
+}
+
+/// What the helper itself told is enough; else how it ended and what it wrote.
+fn blame(error: Error, exit: Exit, stderr: &File) -> Error {
+    if error.kind() != Kind::Internal {
+        return error;
+    }
+    let mut said = String::new();
+    let mut bytes = vec![0; usize::try_from(STDERR).unwrap_or_default()];
+    if stderr.read_at(&mut bytes, 0).is_ok() {
+        let text = String::from_utf8_lossy(&bytes);
+        said = text
+            .trim_end_matches('\0')
+            .lines()
+            .filter(|line| !line.trim().is_empty())
+            .take(5)
+            .collect::<Vec<_>>()
+            .join("; ");
+    }
+    if said.contains("No space left") || said.contains("Could not allocate") {
+        return Error::new(Kind::Exhausted, error.what().to_owned()).because(Error::new(Kind::Exhausted, said));
+    }
+    let how = match exit {
+        Exit::Code(0) => said,
+        // Memory allocation failed under its limit: Rust aborts.
+        Exit::Signal(6 | 9 | 11) => format!("the helper was {exit}: over its memory or time, or a defect; {said}"),
+        _ => format!("{exit}; {said}"),
+    };
+    let (kind, what) = (error.kind(), error.what().to_owned());
+    Error::new(kind, what).because(Error::new(kind, how))
+}
+
+/// A helper that lives, or its files. Dropping it kills it and removes them.
+#[derive(Debug)]
+struct Helper {
+    child: Option<Child>,
+    work: Option<Work>,
+    owners: Owners,
+}
+
+impl Helper {
+    fn child(&self) -> Result<&Child> {
+        self.child.as_ref().ok_or_else(|| Error::new(Kind::Internal, "the helper is gone"))
+    }
+
+    /// It has ended: nothing is left but its files.
+    fn done(mut self) -> Result<Work> {
+        self.child = None;
+        self.work.take().ok_or_else(|| Error::new(Kind::Internal, "the helper's files are gone"))
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        let (Some(child), work, owners) = (self.child.take(), self.work.take(), self.owners.clone()) else { return };
+        if let Err(error) = child.kill_session() {
+            tracing::warn!(error = error.chain(), "a helper could not be killed");
+        }
+        // Without a runtime the next start sweeps.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        drop(runtime.spawn(async move {
+            if let Err(error) = child.wait().await {
+                tracing::warn!(error = error.chain(), "waiting for a helper");
+            }
+            drop(tokio::task::spawn_blocking(move || drop((work, owners))).await);
+        }));
+    }
+}
+
+/// A directory of its own below the store's cache, locked as long as somebody works in it.
+#[derive(Debug)]
+pub struct Work {
+    pub dir: PathBuf,
+    lock: PathBuf,
+    _held: Lock,
+}
+
+/// Directories of helpers, each with a lock beside it.
+const PREFIX: &str = "unpack-";
+
+impl Work {
+    pub fn make(cache: &Path) -> Result<Self> {
+        for _ in 0..16 {
+            let mut random = [0_u8; 8];
+            rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+                .map_err(|errno| Error::io("asking for randomness", errno.into()))?;
+            let dir = cache.join(format!("{PREFIX}{:016x}", u64::from_ne_bytes(random)));
+            let lock = dir.with_extension("lock");
+            let Some(held) = Lock::try_exclusive(&lock)? else { continue };
+            fs::ensure_dir(&dir, 0o700)?;
+            return Ok(Self { dir, lock, _held: held });
+        }
+        Err(Error::new(Kind::Conflict, format!("making a directory in {}", cache.display())))
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        let removed = fs::remove_tree_if_exists(&self.dir).and_then(|()| fs::remove_file_if_exists(&self.lock));
+        if let Err(error) = removed {
+            tracing::warn!(error = error.chain(), "what a helper made stays until the next start");
+        }
+    }
+}
+
+/// Removes what helpers of servers that are gone have left in `cache`. Blocks. Gives the number of directories.
+pub fn sweep(cache: &Path) -> Result<usize> {
+    let what = || format!("looking for half-made images in {}", cache.display());
+    let entries = match std::fs::read_dir(cache) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(Error::io(what(), error)),
+    };
+    let mut swept = 0;
+    for entry in entries {
+        let path = entry.map_err(|error| Error::io(what(), error))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if !name.starts_with(PREFIX) || !name.ends_with(".lock") {
+            continue;
+        }
+        if let Some(_held) = Lock::try_exclusive(&path)? {
+            fs::remove_tree_if_exists(&path.with_extension(""))?;
+            fs::remove_file_if_exists(&path)?;
+            swept += 1;
+        }
+    }
+    Ok(swept)
+}
+
+/// A range of owners that no other helper of this host has.
+#[derive(Clone, Debug)]
+struct Owners {
+    from: u32,
+    _held: std::sync::Arc<Lock>,
+}
+
+impl Owners {
+    fn claim(dir: &Path) -> Result<Self> {
+        for made in [dir.parent(), Some(dir)].into_iter().flatten() {
+            match std::fs::create_dir(made) {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                    return Err(Error::io(format!("making the directory {}", made.display()), error));
+                }
+                _ => {}
+            }
+        }
+        for number in 0..RANGES {
+            if let Some(held) = Lock::try_exclusive(&dir.join(number.to_string()))? {
+                return Ok(Self { from: OWNERS_FROM + number * OWNERS, _held: std::sync::Arc::new(held) });
+            }
+        }
+        let what = format!("unpacking an image: all {RANGES} ranges of owners are in use");
+        Err(Error::new(Kind::Exhausted, what).hint("wait until other pulls and imports are done"))
+    }
+
+    /// Gives them to the user namespace of the process `pid`, a child of ours that waits for it.
+    fn map(&self, pid: u32) -> Result<()> {
+        for kind in ["uid_map", "gid_map"] {
+            let path = format!("/proc/{pid}/{kind}");
+            let line = format!("0 {} {OWNERS}\n", self.from);
+            std::fs::OpenOptions::new()
+                .write(true)
+                .open(&path)
+                .and_then(|mut file| std::io::Write::write_all(&mut file, line.as_bytes()))
+                .map_err(|error| Error::io(format!("writing {path}"), error))?;
+        }
+        Ok(())
+    }
+}
+
+/// Takes the file over from the helper, which has ended and had nobody to leave it open to.
+fn finish(work: Work, making: Making) -> Result<Made> {
+    let path = work.dir.join(ROOTFS);
+    let what = || format!("taking over {}", path.display());
+    let flags = i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or_default();
+    let file = std::fs::OpenOptions::new().read(true).write(true).custom_flags(flags).open(&path);
+    let file = file.map_err(|error| Error::io(what(), error))?;
+    let meta = file.metadata().map_err(|error| Error::io(what(), error))?;
+    if !meta.is_file() || meta.nlink() != 1 {
+        return Err(Error::new(Kind::Corrupt, format!("{}: not a file of its own", what())));
+    }
+    let owned = rustix::fs::fchown(&file, Some(rustix::fs::Uid::ROOT), Some(rustix::fs::Gid::ROOT));
+    owned
+        .and_then(|()| rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o444)))
+        .map_err(|errno| Error::io(what(), errno.into()))?;
+    let (hashed, synced) = std::thread::scope(|scope| {
+        let synced = scope.spawn(|| file.sync_all());
+        (crate::verify::hash(&file), synced.join())
+    });
+    let digest = hashed.map_err(|error| Error::io(what(), error))?;
+    match synced {
+        Ok(synced) => synced.map_err(|error| Error::io(format!("syncing {}", path.display()), error))?,
+        Err(_) => return Err(Error::new(Kind::Internal, "a syncing thread panicked")),
+    }
+    let Making { devices, xattrs } = making;
+    Ok(Made { path, digest, size: meta.len(), devices, xattrs, _work: work })
+}
+
+/// The beginning of an ext4 or erofs, told apart by their magic numbers.
+pub fn format_of(file: &mut impl Read) -> Result<crate::manifest::Format> {
+    let mut head = vec![0; 2048];
+    file.read_exact(&mut head).map_err(|error| Error::io("reading the file system", error))?;
+    // Superblocks begin at byte 1024; ext4's magic is 56 bytes in.
+    match (&head[1024..1028], &head[1080..1082]) {
+        ([0xe2, 0xe1, 0xf5, 0xe0], _) => Ok(crate::manifest::Format::Erofs),
+        (_, [0x53, 0xef]) => Ok(crate::manifest::Format::Ext4),
+        _ => Err(Error::new(Kind::InvalidArgument, "neither ext4 nor erofs")),
+    }
+}

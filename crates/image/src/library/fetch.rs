@@ -1,0 +1,212 @@
+//! One blob of a registry into the store: verified as it comes, gone on with where it broke off, by one process at a time.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytes::Bytes;
+use clawpot_host::fs;
+use clawpot_types::{Digest, Error, Kind, Result};
+use futures_util::StreamExt as _;
+use oci_client::client::BlobResponse;
+use oci_client::{Client, Reference};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+
+use super::Library;
+use super::progress::Meter;
+use super::pull::registry_error;
+use crate::lock::Lock;
+use crate::manifest::Blob;
+
+/// Chunks on their way to the disk; reqwest's are at most 64 KiB or so.
+const BACKLOG: usize = 16;
+/// How long a registry that went away in the middle of a blob is looked for again, without a byte of it: 0.5, 1, 2, 4, 8 s.
+const ATTEMPTS: u32 = 5;
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// Between looks whether another process has finished the same blob.
+const POLL: Duration = Duration::from_millis(100);
+
+/// What is fetched, and how far it is.
+struct Download {
+    file: File,
+    path: PathBuf,
+    hasher: Sha256,
+    bytes: u64,
+    _lock: Lock,
+}
+
+impl Library {
+    /// The blob's file, opened for reading.
+    pub(super) async fn fetch(&self, client: &Client, from: &Reference, blob: &Blob, meter: Meter) -> Result<File> {
+        let what = || format!("layer {} of {from}", blob.digest);
+        let mut download = loop {
+            if let Some(file) = self.fetched(blob)? {
+                meter.at("present", blob.size);
+                return Ok(file);
+            }
+            let (path, digest) = (self.store.partial_path(&blob.digest), blob.clone());
+            match self.blocking(move |_| Download::open(path, &digest)).await? {
+                // Another may have finished it before this one had the lock.
+                Some(download) if self.fetched(blob)?.is_none() => break download,
+                Some(_) => {}
+                None => {
+                    meter.at("waiting for another pull", 0);
+                    tokio::time::sleep(POLL).await;
+                }
+            }
+        };
+        let doing = if download.bytes > 0 { "resuming" } else { "downloading" };
+        let mut failures = 0;
+        while download.bytes < blob.size {
+            let before = download.bytes;
+            let error;
+            (download, error) = stretch(client, from, blob, download, (&meter, doing)).await?;
+            let Some(error) = error else { continue };
+            failures = if download.bytes > before { 1 } else { failures + 1 };
+            if error.kind() != Kind::Unavailable || failures > ATTEMPTS {
+                let kept = format!(
+                    "{} of {} MiB are kept; the same pull goes on from there",
+                    download.bytes >> 20,
+                    blob.size >> 20
+                );
+                return Err(error.context(what()).hint(kept));
+            }
+            meter.at("waiting for the registry", download.bytes);
+            tokio::time::sleep(FIRST_PAUSE * 2_u32.pow(failures - 1)).await;
+        }
+        let (to, digest) = (self.store.oci_path(&blob.digest), blob.digest.clone());
+        self.blocking(move |_| download.done(&to, &digest)).await.map_err(|error| error.context(what()))?;
+        meter.at("downloaded", blob.size);
+        self.fetched(blob)?.ok_or_else(|| Error::new(Kind::NotFound, format!("{}: it is gone again", what())))
+    }
+
+    /// One small system call or two.
+    pub(super) fn fetched(&self, blob: &Blob) -> Result<Option<File>> {
+        let path = self.store.oci_path(&blob.digest);
+        let what = || format!("opening {}", path.display());
+        match File::open(&path) {
+            Ok(file) => {
+                let meta = file.metadata().map_err(|error| Error::io(what(), error))?;
+                Ok((meta.is_file() && meta.len() == blob.size).then_some(file))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io(what(), error)),
+        }
+    }
+}
+
+/// From where the download stands to its end, or to where it breaks: then with the error.
+async fn stretch(
+    client: &Client,
+    from: &Reference,
+    blob: &Blob,
+    mut download: Download,
+    (meter, doing): (&Meter, &'static str),
+) -> Result<(Download, Option<Error>)> {
+    let asked = client.pull_blob_stream_partial(from, blob.digest.as_str(), download.bytes, None).await;
+    let mut chunks = match asked {
+        Ok(BlobResponse::Partial(part)) => part.stream,
+        Ok(BlobResponse::Full(whole)) => {
+            // A registry that knows no ranges: from the start.
+            download.restart()?;
+            whole.stream
+        }
+        Err(error) => return Ok((download, Some(registry_error(from, error)))),
+    };
+    let (send, receive) = mpsc::channel(BACKLOG);
+    let size = blob.size;
+    let writer = tokio::task::spawn_blocking(move || download.write(receive, size));
+    let mut at = 0;
+    let mut broken = None;
+    while let Some(chunk) = chunks.next().await {
+        match chunk {
+            Ok(chunk) => {
+                at += chunk.len() as u64;
+                // A writer that takes no more tells why below.
+                if send.send(chunk).await.is_err() {
+                    break;
+                }
+                meter.at(doing, at);
+            }
+            Err(error) => {
+                broken = Some(
+                    Error::new(Kind::Unavailable, format!("registry {}: the connection broke", from.registry()))
+                        .because(error),
+                );
+                break;
+            }
+        }
+    }
+    drop(send);
+    let download =
+        writer.await.map_err(|error| Error::new(Kind::Internal, "a download's writer panicked").because(error))??;
+    if broken.is_none() && download.bytes < size {
+        broken = Some(Error::new(Kind::Unavailable, format!("registry {}: the answer ended early", from.registry())));
+    }
+    Ok((download, broken))
+}
+
+impl Download {
+    /// What there is of it already is read once more. `None`: another process has it.
+    fn open(path: PathBuf, blob: &Blob) -> Result<Option<Self>> {
+        let Some(lock) = Lock::try_exclusive(&path)? else { return Ok(None) };
+        let what = || format!("opening {}", path.display());
+        let mut file = File::options().read(true).write(true).open(&path).map_err(|error| Error::io(what(), error))?;
+        let mut hasher = Sha256::new();
+        let mut bytes = crate::verify::hash_into(&file, &mut hasher).map_err(|error| Error::io(what(), error))?;
+        if bytes > blob.size {
+            file.set_len(0).and_then(|()| file.rewind()).map_err(|error| Error::io(what(), error))?;
+            (hasher, bytes) = (Sha256::new(), 0);
+        }
+        Ok(Some(Self { file, path, hasher, bytes, _lock: lock }))
+    }
+
+    fn restart(&mut self) -> Result<()> {
+        let emptied = self.file.set_len(0).and_then(|()| self.file.rewind());
+        emptied.map_err(|error| Error::io(format!("emptying {}", self.path.display()), error))?;
+        (self.hasher, self.bytes) = (Sha256::new(), 0);
+        Ok(())
+    }
+
+    fn write(mut self, mut chunks: mpsc::Receiver<Bytes>, size: u64) -> Result<Self> {
+        let what = format!("writing {}", self.path.display());
+        self.file.seek(SeekFrom::Start(self.bytes)).map_err(|error| Error::io(what.as_str(), error))?;
+        while let Some(chunk) = chunks.blocking_recv() {
+            if self.bytes + chunk.len() as u64 > size {
+                self.restart()?;
+                return Err(Error::new(
+                    Kind::Corrupt,
+                    format!("it is longer than the {size} bytes that its manifest says"),
+                ));
+            }
+            self.file.write_all(&chunk).map_err(|error| Error::io(what.as_str(), error))?;
+            self.hasher.update(&chunk);
+            self.bytes += chunk.len() as u64;
+        }
+        Ok(self)
+    }
+
+    /// Under its digest, if it has it; else nothing of it is kept.
+    fn done(self, to: &std::path::Path, digest: &Digest) -> Result<()> {
+        let found = Digest::from_sha256(&self.hasher.finalize().into());
+        if found != *digest {
+            fs::remove_file_if_exists(&self.path)?;
+            return Err(Error::new(Kind::Corrupt, format!("what came has the digest {found}"))
+                .hint("the registry has it wrong, or somebody between it and here changed it; nothing was kept"));
+        }
+        place(&self.file, &self.path, to)
+    }
+}
+
+/// Synced before it bears the name, and nobody's to change.
+pub(super) fn place(file: &File, from: &std::path::Path, to: &std::path::Path) -> Result<()> {
+    let mode = rustix::fs::Mode::from_raw_mode(0o444);
+    rustix::fs::fchmod(file, mode)
+        .map_err(std::io::Error::from)
+        .and_then(|()| file.sync_all())
+        .and_then(|()| std::fs::rename(from, to))
+        .map_err(|error| Error::io(format!("moving {} to {}", from.display(), to.display()), error))?;
+    to.parent().map_or(Ok(()), fs::sync_dir)
+}

@@ -1,0 +1,175 @@
+//! How much an image may be, and who counts.
+
+use std::cell::Cell;
+use std::io::{self, Read};
+use std::rc::Rc;
+
+use clawpot_types::{Digest, Error, Kind, Result};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+/// What one image may make of a host, all its layers together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Bytes of the unpacked archives.
+    pub bytes: u64,
+    pub entries: u64,
+    /// Directories above one another.
+    pub depth: usize,
+    /// Unpacked bytes per packed one, of one layer, once it has [`RATIO_FROM`] bytes.
+    pub ratio: u64,
+}
+
+/// A small layer may be all zeros; a bomb is not small. Bytes.
+pub const RATIO_FROM: u64 = 256 << 20;
+
+impl Default for Limits {
+    /// The largest images in common use (CUDA with PyTorch) have some 20 GiB in 300,000 entries, 30 directories deep, packed
+    /// 2 to 4 times; executables full of zeros reach 20.
+    fn default() -> Self {
+        Self { bytes: 64 << 30, entries: 800_000, depth: 128, ratio: 200 }
+    }
+}
+
+/// An [`Error`] on its way through `std::io`, which wants it shareable between threads.
+type Carried = std::sync::Mutex<Option<Error>>;
+
+#[derive(Debug)]
+struct Carrier(Carried);
+
+impl std::fmt::Display for Carrier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a limit was met")
+    }
+}
+
+impl std::error::Error for Carrier {}
+
+fn carried(error: Error) -> io::Error {
+    io::Error::other(Carrier(Carried::new(Some(error))))
+}
+
+/// The limit that a reader met, or a failed read while `what`.
+pub fn hit(error: io::Error, what: &str) -> Error {
+    let limit = error.get_ref().and_then(|inner| inner.downcast_ref::<Carrier>());
+    let limit = limit.and_then(|carrier| carrier.0.lock().ok()?.take());
+    limit.unwrap_or_else(|| match error.kind() {
+        // What decoders say of bytes that they cannot decode.
+        io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+            Error::new(Kind::InvalidArgument, format!("{what}: it is damaged")).because(error)
+        }
+        _ => Error::io(what, error),
+    })
+}
+
+/// Bytes and entries of the image so far.
+#[derive(Debug)]
+pub struct Budget {
+    limits: Limits,
+    bytes: u64,
+    entries: u64,
+}
+
+impl Budget {
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, bytes: 0, entries: 0 }
+    }
+
+    #[must_use]
+    pub const fn depth(&self) -> usize {
+        self.limits.depth
+    }
+
+    pub fn entry(&mut self) -> Result<()> {
+        self.entries += 1;
+        if self.entries <= self.limits.entries {
+            return Ok(());
+        }
+        Err(too_much(format!("the image has more than {} entries", self.limits.entries)))
+    }
+
+    fn unpacked(&mut self, bytes: u64) -> Result<()> {
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.bytes <= self.limits.bytes {
+            return Ok(());
+        }
+        Err(too_much(format!("the image is larger than {} MiB unpacked", self.limits.bytes >> 20))
+            .hint("that is the limit, or what the disk and the store's quota leave; see --image-quota-mib"))
+    }
+}
+
+fn too_much(what: String) -> Error {
+    Error::new(Kind::Exhausted, what)
+}
+
+/// Packed bytes, counted as they are read.
+#[derive(Debug)]
+pub struct Counted<R> {
+    inner: R,
+    read: Rc<Cell<u64>>,
+}
+
+impl<R> Counted<R> {
+    pub fn new(inner: R) -> (Self, Rc<Cell<u64>>) {
+        let read = Rc::new(Cell::new(0));
+        (Self { inner, read: Rc::clone(&read) }, read)
+    }
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.read.set(self.read.get() + read as u64);
+        Ok(read)
+    }
+}
+
+/// Unpacked bytes of one layer: counted against every limit, and hashed.
+pub struct Metered<'a, R> {
+    inner: R,
+    budget: &'a mut Budget,
+    packed: Rc<Cell<u64>>,
+    unpacked: u64,
+    hasher: Sha256,
+}
+
+impl<R> std::fmt::Debug for Metered<'_, R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Metered").field("unpacked", &self.unpacked).finish_non_exhaustive()
+    }
+}
+
+impl<'a, R> Metered<'a, R> {
+    pub fn new(inner: R, budget: &'a mut Budget, packed: Rc<Cell<u64>>) -> Self {
+        Self { inner, budget, packed, unpacked: 0, hasher: Sha256::new() }
+    }
+
+    pub fn budget(&mut self) -> &mut Budget {
+        self.budget
+    }
+
+    /// Of everything that was read.
+    #[must_use]
+    pub fn digest(self) -> Digest {
+        Digest::from_sha256(&self.hasher.finalize().into())
+    }
+
+    fn ratio(&self) -> Result<()> {
+        let (most, packed) = (self.budget.limits.ratio, self.packed.get().max(1));
+        if self.unpacked < RATIO_FROM || self.unpacked / packed <= most {
+            return Ok(());
+        }
+        Err(too_much(format!("a bomb: {} MiB from {packed} bytes, over {most} times as much", self.unpacked >> 20)))
+    }
+}
+
+impl<R: Read> Read for Metered<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.unpacked += read as u64;
+        self.hasher.update(&buffer[..read]);
+        self.budget.unpacked(read as u64).and_then(|()| self.ratio()).map_err(carried)?;
+        Ok(read)
+    }
+}

@@ -1,0 +1,175 @@
+//! The helper that unpacks layers and makes a file system of them: `clawpot-unpack`, a process of its own for each image.
+//!
+//! - [`run`] its whole life: confine itself, take layers, become `mke2fs`
+//! - [`sandbox`] what it gives up · [`wire`] what it and the server say to each other
+//! - [`layer`] decompress, hash, read entries · [`mod@tar`] the archive · [`tree`] entries into files · [`limits`] how much
+//!
+//! Everything here blocks and has one thread. The server's side is [`crate::build`].
+
+pub mod layer;
+pub mod limits;
+pub mod sandbox;
+pub mod tar;
+pub mod tree;
+pub mod wire;
+
+use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::process::ExitCode;
+
+use clawpot_types::{Error, Kind, Result};
+use rustix::fs::{AtFlags, Mode, OFlags};
+
+use limits::{Budget, Limits};
+use tree::Tree;
+use wire::{Order, ROOTFS, Report, SOCKET, TREE};
+
+/// The binary's `main`. Does not return when all goes well: the process becomes `mke2fs`.
+#[must_use]
+pub fn run() -> ExitCode {
+    // SAFETY: whoever starts the helper gives it this descriptor; nobody else in this process knows it.
+    let socket = unsafe { OwnedFd::from_raw_fd(SOCKET) };
+    match work(socket.as_fd()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            if wire::send(socket.as_fd(), &Report::failed(&error), None).is_err() {
+                eprintln!("clawpot-unpack: {}", error.chain());
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn work(socket: BorrowedFd<'_>) -> Result<()> {
+    sandbox::unshare()?;
+    wire::send(socket, &Report::Unshared, None)?;
+    let Some((Order::Mapped { limits }, _)) = wire::receive(socket)? else { return Err(unexpected()) };
+    sandbox::enter(limits.bytes.saturating_mul(2))?;
+    let root = make_root()?;
+    let mut tree = Tree::new(root, limits.depth)?;
+    let mut budget = Budget::new(limits);
+    let mut number = 0;
+    loop {
+        match wire::receive(socket)? {
+            // The server is gone, or wants no more of it.
+            None => return Ok(()),
+            Some((Order::Layer { diff_id }, Some(file))) => {
+                number += 1;
+                let mut told = Ok(());
+                let mut tell = |read| told = wire::send(socket, &Report::Progress { read }, None);
+                layer::apply(File::from(file), diff_id.as_ref(), &mut tree, &mut budget, &mut tell)
+                    .map_err(|error| error.context(format!("layer {number}")))?;
+                told?;
+                wire::send(socket, &Report::LayerDone, None)?;
+            }
+            Some((Order::Make { uuid, time, mke2fs }, _)) => return make(socket, tree, &uuid, time, &mke2fs),
+            Some(_) => return Err(unexpected()),
+        }
+    }
+}
+
+fn unexpected() -> Error {
+    Error::new(Kind::Internal, "the server said something unexpected")
+}
+
+fn make_root() -> Result<OwnedFd> {
+    let made = rustix::fs::mkdir(TREE, Mode::from_raw_mode(0o755))
+        .and_then(|()| rustix::fs::open(TREE, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()));
+    made.map_err(|errno| Error::io("making the tree", errno.into()))
+}
+
+fn make(socket: BorrowedFd<'_>, tree: Tree, uuid: &str, time: i64, mke2fs: &str) -> Result<()> {
+    let notes = tree.finish(time)?;
+    let (blocks, inodes) = measure()?;
+    let bytes = file_system_bytes(blocks, inodes);
+    wire::send(socket, &Report::Making { bytes, devices: notes.devices, xattrs: notes.xattrs }, None)?;
+    let inodes = inodes + 64;
+    let arguments = [
+        mke2fs,
+        "-q",
+        "-F",
+        "-t",
+        "ext4",
+        "-b",
+        "4096",
+        "-I",
+        "256",
+        "-m",
+        "0",
+        "-N",
+        &inodes.to_string(),
+        "-L",
+        "rootfs",
+        "-U",
+        uuid,
+        "-E",
+        &format!("hash_seed={uuid},lazy_itable_init=0,assume_storage_prezeroed=1,root_owner=0:0"),
+        // Never written to: it needs no journal, and never grows.
+        "-O",
+        "^has_journal,^resize_inode",
+        "-d",
+        TREE,
+        ROOTFS,
+        &format!("{}K", bytes >> 10),
+    ];
+    let environment =
+        ["LC_ALL=C".to_owned(), format!("E2FSPROGS_FAKE_TIME={time}"), format!("SOURCE_DATE_EPOCH={time}")];
+    Err(become_program(&arguments, &environment))
+}
+
+/// Of the file system: what its files take, their inodes, and a fifth of a tenth for what keeps account of them.
+fn file_system_bytes(blocks: u64, inodes: u64) -> u64 {
+    const SLACK: u64 = 16 << 20;
+    let bytes = blocks + inodes * (256 + 16) + blocks / 50 + SLACK;
+    bytes.next_multiple_of(1 << 20)
+}
+
+/// Bytes in whole blocks and inodes of the tree. Files with several names count once.
+fn measure() -> Result<(u64, u64)> {
+    let mut seen = std::collections::HashSet::new();
+    let (mut bytes, mut inodes) = (0, 0_u64);
+    let mut todo = vec![std::path::PathBuf::from(TREE)];
+    let failed = |error| Error::io("measuring the tree", error);
+    while let Some(dir) = todo.pop() {
+        for entry in std::fs::read_dir(&dir).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let stat = rustix::fs::statat(rustix::fs::CWD, entry.path(), AtFlags::SYMLINK_NOFOLLOW)
+                .map_err(|errno| failed(errno.into()))?;
+            if stat.st_nlink > 1 && !entry.file_type().map_err(failed)?.is_dir() && !seen.insert(stat.st_ino) {
+                continue;
+            }
+            inodes += 1;
+            // Holes count as nothing; the least is a block, as a directory has one too.
+            bytes +=
+                u64::try_from(stat.st_blocks).unwrap_or_default().saturating_mul(512).next_multiple_of(4096).max(4096);
+            if entry.file_type().map_err(failed)?.is_dir() {
+                todo.push(entry.path());
+            }
+        }
+    }
+    Ok((bytes, inodes))
+}
+
+/// Returns only if it fails.
+fn become_program(arguments: &[&str], environment: &[String]) -> Error {
+    let strings =
+        |texts: Vec<&str>| -> Option<Vec<CString>> { texts.into_iter().map(|text| CString::new(text).ok()).collect() };
+    let environment = strings(environment.iter().map(String::as_str).collect());
+    let (Some(arguments), Some(environment)) = (strings(arguments.to_vec()), environment) else {
+        return Error::new(Kind::Internal, "mke2fs: an argument with a NUL byte");
+    };
+    let pointers =
+        |texts: &[CString]| texts.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect::<Vec<_>>();
+    let (argv, envp) = (pointers(&arguments), pointers(&environment));
+    // SAFETY: two arrays of strings that end with a null pointer, which live until the program has replaced this one.
+    unsafe { libc::execve(argv[0], argv.as_ptr(), envp.as_ptr()) };
+    Error::io("executing mke2fs", std::io::Error::last_os_error()).hint("install the package e2fsprogs")
+}
+
+/// For the server, which sets the limit by what disk and quota leave.
+#[must_use]
+pub fn within(bytes: u64) -> Limits {
+    let usual = Limits::default();
+    Limits { bytes: usual.bytes.min(bytes), ..usual }
+}

@@ -1,0 +1,83 @@
+//! What the helper gives up before it reads the first byte of an image.
+//!
+//! It is root of a user namespace over 65,536 owners that nobody else has, so that files get their true owners without any
+//! privilege on the host; it has no network; it sees nothing of the file system but its directory and, to read, what
+//! `mke2fs` is made of; it can start no process; its memory and the size of its files are limited.
+
+use clawpot_types::{Error, Kind, Result};
+use landlock::{ABI, Access, AccessFs, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus};
+use rustix::process::{Gid, Resource, Rlimit, Uid};
+use rustix::thread::UnshareFlags;
+
+/// Address space, bytes: decoders take up to 128 MiB, what is kept of an image up to some 100 MiB.
+const MEMORY: u64 = 1 << 30;
+/// CPU time, seconds: a 64 GiB image takes some ten minutes.
+const CPU: u64 = 3600;
+/// What `mke2fs` and the loader read.
+const READABLE: [&str; 7] = ["/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/nix/store"];
+
+fn failed(what: &str, errno: rustix::io::Errno) -> Error {
+    Error::io(format!("sandbox: {what}"), errno.into())
+}
+
+/// Into namespaces of its own, in which it has all capabilities and no owner yet. The process has one thread.
+pub fn unshare() -> Result<()> {
+    let flags = UnshareFlags::NEWUSER | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+    // SAFETY: no descriptor table and no memory is unshared, and there is no other thread.
+    unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(|errno| {
+        failed("making a user namespace", errno)
+            .hint("images are unpacked in one: see /proc/sys/user/max_user_namespaces")
+    })
+}
+
+/// Once the namespace has its owners: becomes their root, and gives up the rest.
+pub fn enter(file_size: u64) -> Result<()> {
+    rustix::thread::set_thread_groups(&[]).map_err(|errno| failed("dropping groups", errno))?;
+    rustix::thread::set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT)
+        .map_err(|errno| failed("becoming its group", errno))?;
+    rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT)
+        .map_err(|errno| failed("becoming its root", errno))?;
+    rustix::process::umask(rustix::fs::Mode::empty());
+    for (resource, most) in [
+        (Resource::As, MEMORY),
+        (Resource::Cpu, CPU),
+        (Resource::Fsize, file_size),
+        (Resource::Nofile, 256),
+        // Of this owner: itself. Without it something that the image captured could outlive the helper.
+        (Resource::Nproc, 1),
+    ] {
+        let limit = Rlimit { current: Some(most), maximum: Some(most) };
+        rustix::process::setrlimit(resource, limit).map_err(|errno| failed("setting limits", errno))?;
+    }
+    rustix::thread::set_no_new_privs(true).map_err(|errno| failed("giving up new privileges", errno))?;
+    landlock()
+}
+
+/// Where the kernel has landlock; from Linux 5.19 on, as without its `REFER` there could be no hard links.
+fn landlock() -> Result<()> {
+    let refused = |error: landlock::RulesetError| Error::new(Kind::Internal, "sandbox: landlock").because(error);
+    let abi = ABI::V5;
+    // Devices of every kind are among what nobody is allowed.
+    let mine = AccessFs::from_all(abi)
+        & !(AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::MakeSock | AccessFs::Execute | AccessFs::IoctlDev);
+    let mut rules =
+        Ruleset::default().handle_access(AccessFs::from_all(abi)).map_err(refused)?.create().map_err(refused)?;
+    let here = PathFd::new(".").map_err(|error| Error::new(Kind::Internal, "sandbox: landlock").because(error))?;
+    rules = rules.add_rule(PathBeneath::new(here, mine)).map_err(refused)?;
+    for path in READABLE {
+        // Not every distribution has all of them.
+        if let Ok(path) = PathFd::new(path) {
+            rules = rules
+                .add_rule(PathBeneath::new(path, AccessFs::Execute | AccessFs::ReadFile | AccessFs::ReadDir))
+                .map_err(refused)?;
+        }
+    }
+    if let Ok(null) = PathFd::new("/dev/null") {
+        rules = rules.add_rule(PathBeneath::new(null, AccessFs::ReadFile | AccessFs::WriteFile)).map_err(refused)?;
+    }
+    let status = rules.restrict_self().map_err(refused)?;
+    if status.ruleset == RulesetStatus::NotEnforced {
+        eprintln!("clawpot-unpack: this kernel has no landlock; the user namespace alone confines it");
+    }
+    Ok(())
+}

@@ -1,0 +1,321 @@
+//! Layers become a file system: what is kept, what is hidden, and what every kind of bad archive is told. The helper is the real
+//! one, in its user namespace; these tests run as root, as the server does.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use clawpot_core::ports::ImageLibrary as _;
+use clawpot_types::Kind;
+use common::{Entry, FILE, Host, Layout, Tar, debugfs, digest, gzip, import, named};
+use tar::EntryType;
+
+const SPARSE: usize = 8 << 20;
+
+fn base() -> Vec<u8> {
+    let mut sparse = vec![0; SPARSE];
+    sparse[SPARSE - 4096..].fill(7);
+    Tar::default()
+        .dir("./")
+        .dir("etc/")
+        .file("etc/passwd", b"root:x:0:0::/root:/bin/sh\n")
+        .add(&Entry { path: "etc/shadow", data: b"secret", mode: 0o640, owner: (0, 42), ..FILE })
+        .dir("usr/")
+        .dir("usr/lib/")
+        .symlink("lib", "usr/lib")
+        .symlink("abs", "/usr/lib")
+        .file("usr/lib/one", b"one")
+        .file("usr/lib/gone", b"gone")
+        .dir("usr/opaque/")
+        .file("usr/opaque/old", b"old")
+        .dir("usr/bin/")
+        .add(&Entry { path: "usr/bin/su", data: b"#!", mode: 0o4755, ..FILE })
+        .add(&Entry {
+            path: "usr/bin/ping",
+            data: b"#!",
+            mode: 0o755,
+            // Version 2, effective, CAP_NET_RAW permitted.
+            xattrs: &[
+                ("security.capability", &[1, 0, 0, 2, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+                ("user.note", b"kept"),
+                ("trusted.overlay.opaque", b"y"),
+            ],
+            ..FILE
+        })
+        .hard_link("usr/bin/ping6", "usr/bin/ping")
+        .add(&Entry { path: "home", kind: EntryType::Directory, mode: 0o750, owner: (1000, 65_535), ..FILE })
+        .add(&Entry { path: "usr/fifo", kind: EntryType::Fifo, mode: 0o620, ..FILE })
+        .file("usr/sparse", &sparse)
+        .add(&Entry { path: "dev/null", kind: EntryType::Char, ..FILE })
+        .end()
+}
+
+fn upper() -> Vec<u8> {
+    Tar::default()
+        // Through symbolic links, relative and absolute; both mean usr/lib.
+        .file("lib/two", b"two")
+        .file("abs/three", b"three")
+        .file("usr/lib/.wh.gone", b"")
+        // What the same layer brings stays, wherever the mark stands.
+        .file("usr/opaque/new", b"new")
+        .file("usr/opaque/.wh..wh..opq", b"")
+        .file("usr/opaque/newer", b"newer")
+        .file("etc/.wh.never-was", b"")
+        .file("nowhere/.wh.at-all", b"")
+        // A file in the place of a directory, and the other way round.
+        .file("home", b"a file now")
+        .dir("usr/lib/one")
+        .file("usr/lib/one/inside", b"inside")
+        .end()
+}
+
+#[tokio::test]
+async fn layers_become_a_file_system() {
+    let host = Host::new();
+    let library = host.library();
+    let mut layout = Layout::new([base(), upper()]);
+    layout.config = serde_json::json!({
+        "Env": ["PATH=/usr/bin", "A=b=c"], "Entrypoint": ["/entry"], "Cmd": ["one"], "User": "app:1", "WorkingDir": "/srv",
+    });
+    let image = import(&library, layout.tar(), "team/app:1").await.unwrap();
+    assert_eq!(image.names, ["team/app:1"]);
+    assert_eq!((image.config.entrypoint, image.config.cmd), (vec!["/entry".to_owned()], vec!["one".to_owned()]));
+    assert_eq!(image.config.env[1], ("A".to_owned(), "b=c".to_owned()));
+    assert_eq!((image.config.cwd.as_str(), image.config.user.as_str()), ("/srv", "app:1"));
+
+    let image = library.describe(&named("team/app:1")).await.unwrap();
+    let stat = async |path: &str| debugfs(&host, &image, &format!("stat {path}")).await;
+    let list = async |path: &str| debugfs(&host, &image, &format!("ls -p {path}")).await;
+    let cat = async |path: &str| debugfs(&host, &image, &format!("cat {path}")).await;
+    assert_eq!(cat("/usr/lib/two").await + &cat("/usr/lib/three").await, "twothree");
+    assert!(!list("/usr/lib").await.contains("gone"));
+    let opaque = list("/usr/opaque").await;
+    assert!(!opaque.contains("/old/") && opaque.contains("/new/") && opaque.contains("/newer/"), "{opaque}");
+    assert!(!list("/").await.contains("nowhere") && !list("/usr/lib").await.contains(".wh."));
+    assert_eq!(cat("/home").await, "a file now");
+    assert_eq!(cat("/usr/lib/one/inside").await, "inside");
+    let shadow = stat("/etc/shadow").await;
+    assert!(shadow.contains("Mode:  0640") && shadow.contains("User:     0   Group:    42"), "{shadow}");
+    assert!(stat("/usr/bin/su").await.contains("Mode:  04755"));
+    let ping = stat("/usr/bin/ping").await;
+    assert!(ping.contains("Links: 2") && ping.contains("security.capability") && ping.contains("user.note"), "{ping}");
+    assert!(!ping.contains("trusted"), "{ping}");
+    assert!(ping.contains("1 00 00 02 00 20") || ping.contains("\\001\\000\\000\\002"), "version 2 again: {ping}");
+    assert!(stat("/usr/fifo").await.contains("Type: FIFO"));
+    assert!(stat("/lib").await.contains("usr/lib"));
+    assert!(!list("/").await.contains("/dev/"));
+    // 8 MiB of which a page is data.
+    let sparse = stat("/usr/sparse").await;
+    assert!(sparse.contains(&format!("Size: {SPARSE}")) && sparse.contains("Blockcount: 8"), "{sparse}");
+    // 2023-11-14: the archive's time, of files and of directories that got files later.
+    for path in ["/etc/passwd", "/usr/opaque", "/usr/lib"] {
+        let stat = stat(path).await;
+        assert!(stat.contains("mtime: 0x6553f100"), "{path}: {stat}");
+    }
+    let check = clawpot_host::process::find_program("e2fsck", None).unwrap();
+    let manifest = clawpot_image::store::Store::new(&host.images()).unwrap().by_digest(&image.info.digest).unwrap();
+    let rootfs = host.images().join("blobs/sha256").join(manifest.rootfs.blob.digest.hex());
+    clawpot_host::process::Tool::new(check).args(["-f", "-n"]).args([&rootfs]).run().await.unwrap();
+}
+
+/// What no honest tool makes, and what is said of it.
+fn attacks() -> Vec<(&'static str, Vec<u8>, Kind, &'static str)> {
+    let file = |path: &str| Tar::default().file(path, b"x").end();
+    let bad = Kind::InvalidArgument;
+    let deep = "d/".repeat(49);
+    let deeper =
+        Tar::default().dir(&deep).symlink("s", &deep).dir(&format!("s/{deep}")).symlink("t", &format!("s/{deep}"));
+    let mut cut = Tar::default().file("a", &[7; 2000]).end();
+    cut.truncate(1500);
+    vec![
+        ("an absolute name", file("/etc/passwd"), bad, "its name is absolute"),
+        ("..", file("a/../../b"), bad, "has \"..\" in it"),
+        (".. alone", file(".."), bad, "has \"..\" in it"),
+        (
+            "a link out, then through it",
+            Tar::default().symlink("s", "../../../tmp").file("s/x", b"x").end(),
+            bad,
+            "leads out of the image",
+        ),
+        (
+            "a chain of links out",
+            Tar::default().dir("a").symlink("a/s", "..").symlink("t", "a/s/../..").file("t/x", b"x").end(),
+            bad,
+            "leads out of the image",
+        ),
+        (
+            "a loop of links",
+            Tar::default().symlink("a", "b").symlink("b", "a").file("a/x", b"x").end(),
+            bad,
+            "opening the directory",
+        ),
+        ("a hard link out", Tar::default().hard_link("a", "../../etc/shadow").end(), bad, "has \"..\" in it"),
+        ("an absolute hard link", Tar::default().hard_link("a", "/etc/shadow").end(), bad, "its name is absolute"),
+        ("a hard link to nothing", Tar::default().hard_link("a", "etc/shadow").end(), bad, "which is not there"),
+        (
+            "a hard link through a link out",
+            Tar::default().symlink("s", "../../../etc").hard_link("a", "s/shadow").end(),
+            bad,
+            "leads out of the image",
+        ),
+        ("a hard link to a directory", Tar::default().dir("d").hard_link("a", "d").end(), bad, "a directory"),
+        (
+            "a device",
+            Tar::default().add(&Entry { path: "sda", kind: EntryType::Block, ..FILE }).end(),
+            bad,
+            "a device node outside /dev",
+        ),
+        (
+            "an owner out of range",
+            Tar::default().add(&Entry { path: "a", owner: (65_536, 0), ..FILE }).end(),
+            bad,
+            "outside 0 to 65535",
+        ),
+        (
+            "a long name",
+            Tar::default().add(&Entry { kind: EntryType::GNULongName, data: &[b'a'; 2 << 20], ..FILE }).end(),
+            bad,
+            "2097152 bytes, over",
+        ),
+        (
+            "a part of 300 bytes",
+            Tar::default()
+                .add(&Entry { kind: EntryType::GNULongName, data: &[b'a'; 300], ..FILE })
+                .file("x", b"")
+                .end(),
+            bad,
+            "over 255 bytes",
+        ),
+        ("depth through links", deeper.dir(&format!("t/{}", "d/".repeat(40))).end(), bad, "directories deep"),
+        ("no tar", vec![b'x'; 4096], bad, "not a tar archive"),
+        ("a cut archive", cut, bad, "the archive ends"),
+        ("a bomb", Tar::default().file("zeros", &vec![0; 300 << 20]).end(), Kind::Exhausted, "a bomb"),
+        ("a whiteout of ..", file(".wh..."), bad, "hides nothing"),
+        (
+            "an unknown type",
+            Tar::default().add(&Entry { path: "a", kind: EntryType::new(b'Z'), ..FILE }).end(),
+            bad,
+            "unknown type",
+        ),
+    ]
+}
+
+#[tokio::test]
+async fn attacks_get_a_clear_error_and_leave_nothing() {
+    let host = Host::new();
+    let library = host.library();
+    let good = Layout::new([Tar::default().file("a", b"a").end()]).tar();
+    import(&library, good, "good").await.unwrap();
+    let before = host.files();
+    let outside = std::fs::metadata("/etc/shadow").unwrap();
+    for (what, layer, kind, word) in attacks() {
+        let error = import(&library, Layout::new([layer]).tar(), "bad").await.expect_err(what);
+        assert!(error.chain().contains(word), "{what}: {}", error.chain());
+        assert_eq!(error.kind(), kind, "{what}: {}", error.chain());
+        assert_eq!(host.files(), before, "{what}");
+    }
+    use std::os::unix::fs::MetadataExt as _;
+    assert_eq!(std::fs::metadata("/etc/shadow").unwrap().nlink(), outside.nlink());
+    assert!(!std::path::Path::new("/tmp/x").exists());
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_the_archive_itself_is_said() {
+    let host = Host::new();
+    let library = host.library();
+    let layer = Tar::default().file("a", b"a").end();
+    let layout = || Layout::new([layer.clone()]);
+    let other = digest(b"other");
+    let cases = vec![
+        (
+            "another machine's",
+            Layout { architecture: "arm64", ..layout() }.tar(),
+            Kind::Unsupported,
+            "there is linux/arm64",
+        ),
+        (
+            "a missing layer",
+            Layout { lie: Some(other.clone()), ..layout() }.tar(),
+            Kind::InvalidArgument,
+            "not in the archive",
+        ),
+        (
+            "a false diff_id",
+            Layout { diff_lie: Some(other.clone()), ..layout() }.tar(),
+            Kind::Corrupt,
+            "unpacked it has the digest",
+        ),
+        (
+            "a false blob",
+            Tar::default().file("index.json", b"{}").file(&format!("blobs/sha256/{}", other.hex()), b"not it").end(),
+            Kind::Corrupt,
+            "its content has the digest",
+        ),
+        (
+            "no image",
+            Tar::default().file("readme", b"hello").end(),
+            Kind::InvalidArgument,
+            "neither index.json nor manifest.json",
+        ),
+        (
+            "damaged gzip",
+            Layout {
+                layers: vec![(
+                    {
+                        let mut b = gzip(&layer);
+                        let n = b.len();
+                        b[n / 2] ^= 0xff;
+                        b
+                    },
+                    layer.clone(),
+                )],
+                ..layout()
+            }
+            .tar(),
+            Kind::InvalidArgument,
+            "layer 1",
+        ),
+        ("nothing", Vec::new(), Kind::InvalidArgument, "neither index.json"),
+    ];
+    for (what, archive, kind, word) in cases {
+        let error = import(&library, archive, "bad").await.expect_err(what);
+        assert!(error.chain().contains(word), "{what}: {}", error.chain());
+        assert_eq!(error.kind(), kind, "{what}: {}", error.chain());
+        assert_eq!(host.files(), Vec::<String>::new(), "{what}");
+    }
+}
+
+#[tokio::test]
+async fn plain_and_zstd_layers_are_read_as_well() {
+    let host = Host::new();
+    let library = host.library();
+    let layer = |name: &str| Tar::default().file(name, b"here").end();
+    let mut layout = Layout::new([]);
+    layout.layers = vec![
+        (layer("plain"), layer("plain")),
+        (zstd::encode_all(layer("zstd").as_slice(), 3).unwrap(), layer("zstd")),
+        (gzip(&layer("gzip")), layer("gzip")),
+    ];
+    let image = import(&library, layout.tar(), "three").await.unwrap();
+    for name in ["plain", "zstd", "gzip"] {
+        assert_eq!(debugfs(&host, &image, &format!("cat /{name}")).await, "here");
+    }
+    // The same once more is there already, and the same file system byte for byte when it is made anew.
+    let again = import(&library, layout.tar(), "again").await.unwrap();
+    assert_eq!(again.info.digest, image.info.digest);
+    assert_eq!(again.names, ["again", "three"]);
+}
+
+#[tokio::test]
+async fn limits_are_the_images_and_the_disks() {
+    let host = Host::new();
+    let mib =
+        |count: usize| Tar::default().file("a", &(0..=250_u8).cycle().take(count << 20).collect::<Vec<_>>()).end();
+    let room = clawpot_image::Room { quota: Some(4 << 20), reserve: 0 };
+    let error = import(&host.library_with(room), Layout::new([mib(8)]).tar(), "big").await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Exhausted, "{}", error.chain());
+    let room = clawpot_image::Room { quota: None, reserve: u64::MAX / 2 };
+    let error = import(&host.library_with(room), Layout::new([mib(1)]).tar(), "big").await.unwrap_err();
+    assert!(error.kind() == Kind::Exhausted && error.chain().contains("stay free"), "{}", error.chain());
+    assert_eq!(host.files(), Vec::<String>::new());
+}
