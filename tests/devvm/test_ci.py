@@ -119,7 +119,12 @@ def built() -> str:
     """Why there is nothing to pack here; nothing when there is."""
     target = Path(os.environ.get("CARGO_TARGET_DIR", REPO / "target"))
     images = Path(os.environ.get("CLAWPOT_IMAGE_DIR", REPO / "assets"))
-    needed = [target / "debug/clawpot-server", target / "debug/clawpot", target / "debug/clawpot-edge", target / "debug/clawpot-unpack"]
+    needed = [
+        target / "debug/clawpot-server",
+        target / "debug/clawpot",
+        target / "debug/clawpot-edge",
+        target / "debug/clawpot-unpack",
+    ]
     missing = [str(path) for path in [*needed, images / "boot.json", images / "manifests/debian.json"] if not path.exists()]
     return f"not built: {', '.join(missing)}" if missing else ""
 

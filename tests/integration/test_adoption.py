@@ -1,7 +1,9 @@
 """What a server finds when it comes up: an older server's VMs, processes that only look its own, strays, strangers' things."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import LIVING
-from harness.server import Server
+from harness.server import ASSETS, Server
 from harness.tools import run, until
 
 #: A store as server 0.1 wrote it: tables of version 2, records of version 1. Never edit it.
@@ -21,8 +23,10 @@ OLD_STORE = Path(__file__).with_name("fixtures") / "store-2-records-1.sql"
 
 
 def _old_store(path: Path) -> sqlite3.Connection:
+    """Of VMs of the image that is here: what another machine packed has another digest."""
+    image = hashlib.sha256((ASSETS / "manifests/debian.json").read_bytes()).hexdigest()
     store = sqlite3.connect(path)
-    store.executescript(OLD_STORE.read_text(encoding="utf-8"))
+    store.executescript(re.sub(r"sha256:[0-9a-f]{64}", f"sha256:{image}", OLD_STORE.read_text(encoding="utf-8")))
     return store
 
 

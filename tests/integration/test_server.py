@@ -264,7 +264,7 @@ def test_another_file_system_for_images(make_server: Callable[..., Server]) -> N
     run("mount", "-t", "tmpfs", "-o", "size=64m", "none", server.state_dir)
     try:
         server.start()
-        server.cli("create", "--wait", "--name", "elsewhere", "debian").fails(1, "file system", str(ASSETS))
+        server.cli("create", "--wait", "--disk", "64M", "--name", "elsewhere", "debian").fails(1, "file system", str(ASSETS))
         server.cli("rm", "elsewhere").ok()
         server.stop()
     finally:
