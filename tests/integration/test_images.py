@@ -100,47 +100,6 @@ def _forget(server: Server, *names: str) -> None:
     server.cli("image", "gc", "--all").ok()
 
 
-@pytest.mark.firecracker
-def test_an_image_from_a_registry_runs_as_it_says(here: Server, hub: Registry) -> None:
-    name = f"{hub.address}/demo/app:1"
-    pulled = here.cli("image", "pull", name, "-o", "json").ok().json
-    assert pulled["name"] == name and pulled["entrypoint"][0] == "/bin/sh" and pulled["user"] == "app"
-    assert pulled["source"]["kind"] == "registry" and len(pulled["source"]["layers"]) >= 2
-    # Its entrypoint and its command; then the typed one in the place of its command.
-    said = here.cli("run", "--rm", name).ok().text
-    assert said.splitlines()[:3] == ["hello 1000 /srv", "of app", "second"], said
-    assert "No such file" in said and said.endswith("by default\n"), "a whiteout hides nothing"
-    said = here.cli("run", "--rm", "-e", "GREETING=bye", "-u", "0", name, "--", "and", "mine").ok().text
-    assert said.startswith("bye 0 /srv\n") and said.endswith("and mine\n")
-    assert (
-        here.cli("run", "--rm", "--entrypoint", "/usr/bin/stat", name, "--", "-c", "%u:%g", "/srv/data").ok().text
-        == "1000:1000\n"
-    )
-    # Everything is there: nothing is asked for but the manifest.
-    again = here.cli("image", "pull", name).ok()
-    assert again.seconds < 5, again.seconds
-    by_digest = f"{hub.address}/demo/app@{pulled['source']['digest']}"
-    here.cli("image", "pull", by_digest).fails(1, "needs a name")
-    same = here.cli("image", "pull", by_digest, "--name", "app", "-o", "json").ok().json
-    assert same["digest"] == pulled["digest"] and sorted(same["names"]) == ["app", name]
-    here.cli("image", "pull", f"{hub.address}/demo/none:1").fails(1, "not in the registry")
-    here.cli("image", "pull", "UPPER case").fails(1, "image reference")
-
-
-@pytest.mark.firecracker
-def test_what_a_vm_is_made_of_stays(here: Server, hub: Registry) -> None:
-    name = f"{hub.address}/demo/app:1"
-    here.cli("image", "pull", name).ok()
-    here.cli("create", "--wait", "--name", "keeper", name).ok()
-    here.cli("stop", "keeper").ok()
-    _forget(here, name, "app")
-    assert name not in here.cli("image", "ls").ok().text
-    here.cli("create", name).fails(1, "not in")
-    here.cli("start", "keeper").ok()
-    assert here.cli("exec", "keeper", "--", "cat", "/srv/second").ok().text == "second\n"
-    here.cli("rm", "keeper").ok()
-
-
 def test_tls_and_passwords(here: Server, guarded: Registry, tmp_path: Path) -> None:
     name = f"{guarded.address}/secret/app:1"
     here.cli("image", "pull", name).fails(1, "--credentials")
@@ -247,3 +206,47 @@ def test_archives(here: Server, world: World, workdir: Path, source: str, store:
     assert (back["digest"], back["name"]) == (digest, "from-layout")
     assert here.cli("run", "--rm", "from-layout").ok().text.startswith("hello 1000 /srv\n")
     _forget(here, "from-layout")
+
+
+# --- last, since what a VM was lately made of stays for a while, also after `gc --all`
+
+
+@pytest.mark.firecracker
+def test_an_image_from_a_registry_runs_as_it_says(here: Server, hub: Registry) -> None:
+    name = f"{hub.address}/demo/app:1"
+    pulled = here.cli("image", "pull", name, "-o", "json").ok().json
+    assert pulled["name"] == name and pulled["entrypoint"][0] == "/bin/sh" and pulled["user"] == "app"
+    assert pulled["source"]["kind"] == "registry" and len(pulled["source"]["layers"]) >= 2
+    # Its entrypoint and its command; then the typed one in the place of its command.
+    said = here.cli("run", "--rm", name).ok().text
+    assert said.splitlines()[:3] == ["hello 1000 /srv", "of app", "second"], said
+    assert "No such file" in said and said.endswith("by default\n"), "a whiteout hides nothing"
+    said = here.cli("run", "--rm", "-e", "GREETING=bye", "-u", "0", name, "--", "and", "mine").ok().text
+    assert said.startswith("bye 0 /srv\n") and said.endswith("and mine\n")
+    assert (
+        here.cli("run", "--rm", "--entrypoint", "/usr/bin/stat", name, "--", "-c", "%u:%g", "/srv/data").ok().text
+        == "1000:1000\n"
+    )
+    # Everything is there: nothing is asked for but the manifest.
+    again = here.cli("image", "pull", name).ok()
+    assert again.seconds < 5, again.seconds
+    by_digest = f"{hub.address}/demo/app@{pulled['source']['digest']}"
+    here.cli("image", "pull", by_digest).fails(1, "needs a name")
+    same = here.cli("image", "pull", by_digest, "--name", "app", "-o", "json").ok().json
+    assert same["digest"] == pulled["digest"] and sorted(same["names"]) == ["app", name]
+    here.cli("image", "pull", f"{hub.address}/demo/none:1").fails(1, "not in the registry")
+    here.cli("image", "pull", "UPPER case").fails(1, "image reference")
+
+
+@pytest.mark.firecracker
+def test_what_a_vm_is_made_of_stays(here: Server, hub: Registry) -> None:
+    name = f"{hub.address}/demo/app:1"
+    here.cli("image", "pull", name).ok()
+    here.cli("create", "--wait", "--name", "keeper", name).ok()
+    here.cli("stop", "keeper").ok()
+    _forget(here, name, "app")
+    assert name not in here.cli("image", "ls").ok().text
+    here.cli("create", name).fails(1, "not in")
+    here.cli("start", "keeper").ok()
+    assert here.cli("exec", "keeper", "--", "cat", "/srv/second").ok().text == "second\n"
+    here.cli("rm", "keeper").ok()
