@@ -42,12 +42,16 @@ impl Known {
 pub(crate) async fn all(shop: &Arc<Workshop>) -> Result<()> {
     let original = shop.block(Workshop::original).await?;
     let Some(compiled) = original.compiled() else { return Ok(()) };
+    let mut first = None;
     for slot in shop.given() {
-        if !shop.known.is(slot, original.digest) {
-            one(shop, slot, &original, Arc::clone(&compiled)).await?;
+        if !shop.known.is(slot, original.digest)
+            && let Err(error) = one(shop, slot, &original, Arc::clone(&compiled)).await
+        {
+            // The others do not wait for it; it is looked at again with the next look.
+            first.get_or_insert(error.context(format!("network slot {slot}: bringing its rules up to date")));
         }
     }
-    Ok(())
+    first.map_or(Ok(()), Err)
 }
 
 async fn one(shop: &Arc<Workshop>, slot: Slot, original: &Original, compiled: Arc<Ruleset>) -> Result<()> {
