@@ -83,6 +83,9 @@ def shares_our_mounts() -> None:
 
 
 def installed() -> None:
+    # sudo looks its host's name up each time, and there is no network here that would answer.
+    with Path("/etc/hosts").open("a") as hosts:
+        hosts.write(f"127.0.1.1 {os.uname().nodename}\n")
     run("useradd", "--create-home", "installer")
     Path("/etc/sudoers.d/installer").write_text("installer ALL=(ALL) NOPASSWD: ALL\n")
     FORWARD.write_text("0\n")

@@ -65,17 +65,19 @@ impl Service {
     /// By everyone but `except`.
     fn held(&self, promised: &BTreeMap<VmId, Claim>, except: Option<&VmId>) -> Claim {
         let mut held = Claim::default();
+        // Those of which there is no row yet, by the same look: a row that appears meanwhile counts as promised.
+        let mut unseen = promised.clone();
         for (id, row) in self.records.rows_after(None) {
+            let promised = unseen.remove(&id);
             if except == Some(&id) {
                 continue;
             }
-            held = held.and(match (promised.get(&id), &row) {
-                (Some(promised), _) => *promised,
+            held = held.and(match (promised, &row) {
+                (Some(promised), _) => promised,
                 (None, Row::Known { record, .. }) => Claim::of(record),
                 (None, Row::Unreadable { .. }) => Claim { slots: 1, ..Claim::default() },
             });
         }
-        let new = promised.iter().filter(|(id, _)| except != Some(id) && self.records.get(id).is_none());
-        new.fold(held, |held, (_, claim)| held.and(*claim))
+        unseen.iter().filter(|(id, _)| except != Some(id)).fold(held, |held, (_, claim)| held.and(*claim))
     }
 }

@@ -71,8 +71,8 @@ async fn layers(
         .layers
         .iter()
         .filter(|layer| !matches!(library.fetched(layer), Ok(Some(_))))
-        .map(|layer| layer.size)
-        .sum();
+        // The sizes are the registry's words.
+        .fold(0, |bytes: u64, layer| bytes.saturating_add(layer.size));
     let room = library.room;
     library.blocking(move |this| room.left(&this.store, needed)).await?;
     let files = downloads(library, registry, reference, &image, teller);

@@ -18,6 +18,8 @@ use crate::unpack::tree::clean;
 
 /// Files in an archive: 512 layers of a dozen images.
 const ENTRIES: usize = 16_384;
+/// What the kernel takes for a path (PATH_MAX), bytes: links are kept in memory.
+const LONGEST_LINK: usize = 4096;
 /// A layout is two directories deep, what `docker save` writes is one.
 const DEPTH: usize = 16;
 
@@ -33,6 +35,8 @@ pub struct Spooled {
 pub struct Spool {
     files: BTreeMap<String, Spooled>,
     links: BTreeMap<String, String>,
+    /// Read so far; the number of the last names its file.
+    entries: usize,
     by_digest: BTreeMap<Digest, String>,
     _work: Work,
 }
@@ -77,14 +81,21 @@ impl Read for Chunks {
 impl Spool {
     /// Reads all of `archive`, at most `limit` bytes of files. Blocks.
     pub fn read(archive: impl Read, work: Work, limit: u64) -> Result<Self> {
-        let mut spool =
-            Self { files: BTreeMap::new(), links: BTreeMap::new(), by_digest: BTreeMap::new(), _work: work };
+        let mut spool = Self {
+            files: BTreeMap::new(),
+            links: BTreeMap::new(),
+            entries: 0,
+            by_digest: BTreeMap::new(),
+            _work: work,
+        };
         let mut archive = Archive::new(archive);
         let mut bytes = 0_u64;
         let what = |error: Error| error.context("reading the archive");
         while let Some(entry) = archive.next_entry().map_err(what)? {
-            if spool.files.len() + spool.links.len() >= ENTRIES {
-                return Err(bad(format!("the archive has over {ENTRIES} files")));
+            // Each counts, also one whose name was there before.
+            spool.entries += 1;
+            if spool.entries > ENTRIES {
+                return Err(bad(format!("the archive has over {ENTRIES} entries")));
             }
             let name = text(&clean(&entry.path, DEPTH)?)?;
             bytes = bytes.saturating_add(entry.size);
@@ -97,6 +108,9 @@ impl Spool {
                     return Err(bad(format!("{name}: sparse files are not of a layout")));
                 }
                 What::File => spool.file(name, &mut archive, entry.size)?,
+                What::Symlink | What::HardLink if entry.link.len() > LONGEST_LINK => {
+                    return Err(bad(format!("{name}: a link of over {LONGEST_LINK} bytes")));
+                }
                 // `docker save` links layers that several images share.
                 What::Symlink | What::HardLink => {
                     drop(spool.links.insert(name, String::from_utf8_lossy(&entry.link).into_owned()))
@@ -109,7 +123,7 @@ impl Spool {
     }
 
     fn file(&mut self, name: String, data: &mut impl Read, size: u64) -> Result<()> {
-        let path = self._work.dir.join(self.files.len().to_string());
+        let path = self._work.dir.join(self.entries.to_string());
         let failed = |error| Error::io(format!("writing {}", path.display()), error);
         let mut file = File::create_new(&path).map_err(failed)?;
         let mut hasher = Sha256::new();
