@@ -34,6 +34,8 @@ NESTED_SLOWNESS = 4
 #: Seconds that pytest gives a test (tests/integration/pyproject.toml), times the above.
 TEST_SECONDS = 180
 MARK = "`make test-firecracker`"
+#: The last dies where a test says (crates/failpoint).
+PROGRAMS = ("clawpot", "clawpot-server", "clawpot-edge", "clawpot-unpack", "failpoints/clawpot-server")
 
 
 class LaneError(Exception):
@@ -202,9 +204,9 @@ def ensure_vm() -> bool:
 def stage(programs: Programs) -> Programs:
     """What the dev VM lacks, in one directory; the programs' places in the dev VM."""
     shutil.rmtree(STAGE, ignore_errors=True)
-    for name in ("bin", "images/blobs/sha256", "images/manifests", "firecracker"):
+    for name in ("bin", "bin/failpoints", "images/blobs/sha256", "images/manifests", "firecracker"):
         (STAGE / name).mkdir(parents=True)
-    for name in ("clawpot", "clawpot-server", "clawpot-edge", "clawpot-unpack"):
+    for name in PROGRAMS:
         source, to = Path(os.environ["CLAWPOT_BIN_DIR"], name), STAGE / "bin" / name
         strip = shutil.which("strip")
         # Debug information is most of a program, and the way in is narrow.

@@ -38,6 +38,10 @@ BASE = [
     "qemu-system-x86",
     "lz4",
     "zstd",
+    "openssl",
+    "docker-registry",
+    "skopeo",
+    "umoci",
 ]
 #: Besides that, what building Clawpot and its images needs.
 TOOLCHAIN = [

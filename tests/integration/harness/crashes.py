@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .cli import binaries
-from .server import Server
-from .tools import run, until
+from .server import VMM, Server
+from .tools import run, until, within
 from .world import World
 
 #: From an order to a server's death: a guest's boot on a busy machine is among them.
-DEATH = 60.0
+DEATH = within(60)
 #: Points that are passed in the background, after the command that led there has ended: a spare disk, limits of version 1.
-AFTERMATH = 1.0
+AFTERMATH = within(1)
 #: What each life consists of. `create sized` is for a disk of a size that no disk had before.
 VERBS = ("create sized", "create", "stop", "start", "delete")
 
@@ -37,7 +37,7 @@ class Mortal(Server):
     """A server built with failpoints."""
 
     def __init__(self, world: World, state_dir: Path, *options: object) -> None:
-        super().__init__(world, state_dir, "--vmm", "qemu", "--edge", binaries() / "clawpot-edge", *options)
+        super().__init__(world, state_dir, "--vmm", VMM, "--edge", binaries() / "clawpot-edge", *options)
         self.orders = state_dir.with_name(f"{state_dir.name}-failpoints")
         self.orders.mkdir(parents=True, exist_ok=True)
 
@@ -119,7 +119,7 @@ class Lives:
         try:
             if death:
                 self.await_death(process, *death, again=again)
-            errors = process.communicate(timeout=90)[1].decode()
+            errors = process.communicate(timeout=within(90))[1].decode()
         except BaseException:
             process.kill()
             process.communicate()
@@ -156,7 +156,7 @@ class Lives:
         server.arm(point, nth)
         try:
             server.start()
-            until(server.died, seconds=AFTERMATH)
+            until(server.died, seconds=1)
         except AssertionError:
             # Either it answers and lives, or it died before it answered.
             pass
