@@ -5,6 +5,8 @@
 #     --enable   start the server now and at every boot
 # PREFIX (default /usr/local) and DESTDIR as ever: with DESTDIR files are laid there and nothing of this host is changed.
 # STATE_DIR (default /var/lib/clawpot) is filled in the unit. BIN_DIR names other binaries than target/release.
+#
+# For an ordinary user one part is run by sudo, once: `place` or `remove`. What is built and gathered is the user's.
 here=$(dirname -- "${BASH_SOURCE[0]}")
 # shellcheck source=scripts/lib/common.sh
 source "$here/../scripts/lib/common.sh"
@@ -29,7 +31,13 @@ completions=("$prefix/share/bash-completion/completions/clawpot" "$prefix/share/
   "$prefix/share/fish/vendor_completions.d/clawpot.fish")
 manuals=$prefix/share/man
 
-put() { as_root install -D -m "$1" -- "$2" "$destdir$3"; }
+# put MODE FILE PLACE: into the tree of what is to be installed.
+put() { install -D -m "$1" -- "$2" "$scratch/tree$3"; }
+
+# elevated VERB…: this script again, as root.
+elevated() {
+  as_root env PREFIX="$prefix" DESTDIR="$destdir" STATE_DIR="$state" "$repo/packaging/install.sh" "$@"
+}
 
 # fill FILE: with what only the installation knows.
 fill() { sed -e "s|@SBIN@|$prefix/sbin|g" -e "s|@STATE@|$state|g" -- "$1"; }
@@ -37,8 +45,8 @@ fill() { sed -e "s|@SBIN@|$prefix/sbin|g" -e "s|@STATE@|$state|g" -- "$1"; }
 build_release() { cargo_run build --locked --release --manifest-path "$repo/Cargo.toml" \
   -p clawpot-server -p clawpot-cli -p clawpot-edge -p clawpot-image; }
 
-install_files() {
-  local scratch=$1 shell page
+gather() {
+  local shell page
   put 755 "$bin_dir/clawpot" "${binaries[0]}"
   put 755 "$bin_dir/clawpot-server" "${binaries[1]}"
   put 755 "$bin_dir/clawpot-edge" "${binaries[2]}"
@@ -74,18 +82,18 @@ sysctl_with_memory() {
 
 sysctl_keys() { sed -n 's/^\([a-z0-9_.]*\) *=.*/\1/p' -- "$1"; }
 
-set_sysctl() { printf '%s\n' "$2" | as_root tee "/proc/sys/${1//.//}" >/dev/null; }
+set_sysctl() { printf '%s\n' "$2" >"/proc/sys/${1//.//}"; }
 
 with_systemd() { [[ -d /run/systemd/system ]]; }
 
 activate() {
-  if command -v systemd-sysusers >/dev/null; then as_root systemd-sysusers clawpot.conf; else as_root groupadd --system --force clawpot; fi
-  if command -v systemd-tmpfiles >/dev/null; then as_root systemd-tmpfiles --create clawpot.conf; fi
+  if command -v systemd-sysusers >/dev/null; then systemd-sysusers clawpot.conf; else groupadd --system --force clawpot; fi
+  if command -v systemd-tmpfiles >/dev/null; then systemd-tmpfiles --create clawpot.conf; fi
   local line
   while IFS= read -r line; do
     set_sysctl "${line%% =*}" "${line#*= }"
   done < <(grep -E '^[a-z0-9_.]+ *=' "$sysctl_file")
-  if with_systemd; then as_root systemctl daemon-reload; fi
+  if with_systemd; then systemctl daemon-reload; fi
 }
 
 # What still runs would have nobody left who could end it.
@@ -99,7 +107,7 @@ refuse_while_vms_run() {
 }
 
 deactivate() {
-  if with_systemd && [[ -e $unit ]]; then as_root systemctl disable --now --quiet clawpot.service; fi
+  if with_systemd && [[ -e $unit ]]; then systemctl disable --now --quiet clawpot.service; fi
 }
 
 # put_back FILE: settings that are still as we made them become what they were.
@@ -118,50 +126,72 @@ put_back() {
 remove_files() {
   local file
   for file in "${binaries[@]}" "${configuration[@]}" "${completions[@]}" "$manuals"/man1/clawpot{,-*}.1 "$manuals/man8/clawpot-server.8"; do
-    as_root rm -f -- "$destdir$file"
+    rm -f -- "$destdir$file"
   done
   # The names of pages are this version's; those of an older one go too.
-  as_root find "$destdir$manuals/man1" -maxdepth 1 -name 'clawpot-*.1' -delete 2>/dev/null || true
+  find "$destdir$manuals/man1" -maxdepth 1 -name 'clawpot-*.1' -delete 2>/dev/null || true
+}
+
+build_and_gather() {
+  if [[ -z ${BIN_DIR:-} ]]; then
+    need_packages "${build_needs[@]}"
+    need_rust
+    step "building server, command line and resolver (release)" build_release
+  fi
+  scratch=$(mktemp -d -t clawpot-install.XXXXXX)
+  # shellcheck disable=SC2064 # this very directory, expanded now
+  trap "abandon_step; rm -rf -- '$scratch'" EXIT
+  gather
+}
+
+# place TREE [--enable]: its files, and what they need of this host. The directories that are there stay as they are.
+place() {
+  local tree=$1 mode file
+  while read -r mode file; do
+    install -D -m "$mode" -o root -g root -- "$tree/$file" "$destdir/$file"
+  done < <(cd -- "$tree" && find . -type f -printf '%m %P\n')
+  if [[ -n $destdir ]]; then return; fi
+  need_packages "${run_needs[@]}"
+  activate
+  if [[ -n ${2:-} ]]; then systemctl enable --now clawpot.service; fi
+}
+
+tell_installed() {
+  say "✓ installed in $prefix"
+  if with_systemd && systemctl --quiet is-active clawpot.service; then
+    say "  the old server still runs: sudo systemctl restart clawpot (VMs run on)"
+  fi
+  say "  images:  sudo CLAWPOT_IMAGE_DIR=$state/images scripts/install-vm-assets.sh; the same with scripts/setup-rootfs.sh debian"
+  say "  start:   sudo systemctl enable --now clawpot"
+  say "  callers: sudo adduser NAME clawpot (as good as root, see SECURITY.md)"
+}
+
+remove() {
+  if [[ -n $destdir ]]; then
+    remove_files
+    return
+  fi
+  refuse_while_vms_run
+  deactivate
+  put_back "$sysctl_file"
+  remove_files
+  if with_systemd; then systemctl daemon-reload; fi
+  say "✓ uninstalled; records, disks and images stay in $state, and the group clawpot stays"
 }
 
 main() {
-  local verb=${1:-} enable="" scratch
-  if [[ ${2:-} == --enable ]]; then enable=yes; elif [[ -n ${2:-} ]]; then die "unknown argument: $2" "see --help"; fi
+  local verb=${1:-} scratch=""
   case $verb in
     install)
-      if [[ -z ${BIN_DIR:-} ]]; then
-        need_packages "${build_needs[@]}"
-        need_rust
-        step "building server, command line and resolver (release)" build_release
-      fi
-      scratch=$(mktemp -d -t clawpot-install.XXXXXX)
-      # shellcheck disable=SC2064 # this very directory, expanded now
-      trap "abandon_step; rm -rf -- '$scratch'" EXIT
-      install_files "$scratch"
-      if [[ -n $destdir ]]; then return; fi
-      need_packages "${run_needs[@]}"
-      activate
-      if [[ -n $enable ]]; then as_root systemctl enable --now clawpot.service; fi
-      say "✓ installed in $prefix"
-      if with_systemd && systemctl --quiet is-active clawpot.service; then
-        say "  the old server still runs: sudo systemctl restart clawpot (VMs run on)"
-      fi
-      say "  images:  sudo CLAWPOT_IMAGE_DIR=$state/images scripts/install-vm-assets.sh; the same with scripts/setup-rootfs.sh debian"
-      say "  start:   sudo systemctl enable --now clawpot"
-      say "  callers: sudo adduser NAME clawpot (as good as root, see SECURITY.md)"
+      if [[ ${2:---enable} != --enable ]]; then die "unknown argument: $2" "see --help"; fi
+      build_and_gather
+      elevated place "$scratch/tree" "${@:2}"
+      if [[ -z $destdir ]]; then tell_installed; fi
       ;;
-    uninstall)
-      if [[ -z $destdir ]]; then
-        refuse_while_vms_run
-        deactivate
-        put_back "$sysctl_file"
-      fi
-      remove_files
-      if [[ -n $destdir ]]; then return; fi
-      if with_systemd; then as_root systemctl daemon-reload; fi
-      say "✓ uninstalled; records, disks and images stay in $state, and the group clawpot stays"
-      ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
+    uninstall) elevated remove ;;
+    place) place "${@:2}" ;;
+    remove) remove ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
     *) die "install or uninstall?" "packaging/install.sh --help" ;;
   esac
 }

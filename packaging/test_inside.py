@@ -21,7 +21,12 @@ PATIENCE = 600
 
 
 def run(*words: str, check: bool = True, seconds: float = PATIENCE, **more: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL, **more)  # type: ignore[call-overload]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL, **more)  # type: ignore[call-overload]
+    except subprocess.TimeoutExpired as late:
+        said = b"".join(part for part in (late.stdout, late.stderr) if part).decode(errors="replace")
+        tree = subprocess.run(("ps", "axfo", "pid,stat,etime,args"), capture_output=True, text=True, check=False).stdout
+        raise AssertionError(f"{' '.join(words)}: not done within {seconds:.0f} s; it said:\n{said}\n{tree}") from late
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(words)}: status {done.returncode}\n{done.stdout}{done.stderr}")
     return done
@@ -181,7 +186,7 @@ def main() -> int:
                 step(vm)  # type: ignore[call-arg]
             else:
                 step()  # type: ignore[call-arg]
-        except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
+        except (AssertionError, OSError) as error:
             print(f"✗ {step.__name__}: {error}")
             print(run("journalctl", "-u", "clawpot", "-n", "60", "--no-pager", check=False).stdout)
             return 1

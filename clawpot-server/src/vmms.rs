@@ -92,9 +92,34 @@ async fn firecracker(config: &Config, instance: &InstanceId, consoles: &Consoles
     Firecracker::new(&config.state_dir, instance, consoles.clone(), &settings).await
 }
 
-/// The newest release that `scripts/install-vm-assets.sh` put beside the images.
+/// The newest release that `scripts/install-vm-assets.sh` put beside the images, in `firecracker/v1.15.1`.
 fn fetched(image_dir: &Path) -> Option<PathBuf> {
     let found = std::fs::read_dir(image_dir.join("firecracker")).ok()?;
     let releases = found.filter_map(|entry| Some(entry.ok()?.path())).filter(|dir| dir.join("firecracker").is_file());
-    releases.max()
+    releases.max_by_key(|dir| (release(dir), dir.clone()))
+}
+
+/// The numbers of its name, in which 1.15 comes after 1.9.
+fn release(dir: &Path) -> Vec<u32> {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_fetched_release_is_taken() {
+        let images = tempfile::tempdir().unwrap();
+        assert_eq!(fetched(images.path()), None);
+        let releases = images.path().join("firecracker");
+        for release in ["v1.9.1", "v1.15.1", "v1.15.0", "notes"] {
+            std::fs::create_dir_all(releases.join(release)).unwrap();
+            std::fs::File::create(releases.join(release).join("firecracker")).unwrap();
+        }
+        // Half fetched.
+        std::fs::create_dir(releases.join("v1.16.0")).unwrap();
+        assert_eq!(fetched(images.path()), Some(releases.join("v1.15.1")));
+    }
 }

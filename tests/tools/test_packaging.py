@@ -107,11 +107,15 @@ def test_systemd_understands_the_unit(tmp_path):
 
 
 @pytest.fixture
-def make(tmp_path: Path):
+def built() -> Path:
     built = Path(os.environ.get("CLAWPOT_BIN_DIR", REPO / "target/debug"))
     if not all((built / name).exists() for name in ("clawpot", "clawpot-server", "clawpot-edge", "clawpot-unpack")):
         pytest.skip(f"nothing is built in {built}")
+    return built
 
+
+@pytest.fixture
+def make(built: Path, tmp_path: Path):
     def make(verb: str, **more: str) -> subprocess.CompletedProcess[str]:
         words = ["make", "-s", "-C", str(REPO), verb, f"DESTDIR={tmp_path}/dest", f"BIN_DIR={built}"]
         words += [f"{name}={value}" for name, value in more.items()]
@@ -159,6 +163,25 @@ def test_install_lays_down_and_uninstall_takes_away(make, tmp_path, prefix, kin)
     assert done.returncode == 0, done.stderr
     assert files(dest) == {f"{prefix}/bin/other"}
     assert Path("/proc/sys/net/ipv4/ip_forward").read_text() == before
+
+
+@pytest.mark.parametrize("verb", ["install", "uninstall"])
+def test_a_user_with_sudo_calls_it_once(built, tmp_path, verb):
+    """A sudo that asks for a password, or looks its host's name up, is to do so once."""
+    nobody = ["unshare", "--user", "--"]
+    if subprocess.run([*nobody, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no user namespaces here")
+    sudo = tmp_path / "sudo"
+    sudo.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\n')
+    sudo.chmod(0o755)
+    given = {"DESTDIR": f"{tmp_path}/dest", "BIN_DIR": str(built), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = [*nobody, "bash", str(PACKAGING / "install.sh"), verb]
+    done = subprocess.run(words, env={**os.environ, **given}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (asked,) = (tmp_path / "asked").read_text().splitlines()
+    assert asked.startswith("-- env PREFIX=") and f"DESTDIR={tmp_path}/dest" in asked
+    assert (" place " if verb == "install" else " remove") in asked
+    assert not (tmp_path / "dest").exists()
 
 
 def test_the_group_is_the_one_that_the_server_looks_for():

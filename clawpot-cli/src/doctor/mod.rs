@@ -41,7 +41,7 @@ pub async fn examine(api: Result<Api, Failure>, places: &Places) -> Vec<Check> {
     let host = server::look(api).await;
     let kvm = kvm::look();
     let mut checks = vec![server::judge(&host), kvm::judge(&kvm, host.as_ref().ok())];
-    checks.extend(vmm::examine(kvm.is_ok()));
+    checks.extend(vmm::examine(kvm.is_ok(), &places.images));
     checks.push(devices::tun());
     checks.push(devices::modules());
     checks.push(cgroup::examine());
@@ -51,7 +51,7 @@ pub async fn examine(api: Result<Api, Failure>, places: &Places) -> Vec<Check> {
     checks.push(routes::forwarding());
     checks.push(routes::overlaps());
     checks.push(users::examine());
-    checks.push(paths::examine(places, &vmm::programs()));
+    checks.push(paths::examine(places, &vmm::programs(&places.images)));
     checks.extend(tenants::examine());
     checks.extend(tuning::examine(kvm.is_ok()));
     checks

@@ -1,6 +1,6 @@
 //! QEMU, Firecracker and its jailer: are they there, and which of their versions have known holes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::check::Check;
 use super::tool::{self, Version};
@@ -20,26 +20,37 @@ const GET_FIRECRACKER: &str = "install Firecracker 1.15.1 or later with its jail
 /// A program: where it is and its version, or why that is not known. `None` when there is none.
 type Program = Option<(PathBuf, Result<Version, String>)>;
 
-pub fn examine(kvm: bool) -> Vec<Check> {
-    let [firecracker, jailer, qemu] = places().map(asked);
+pub fn examine(kvm: bool, images: &Path) -> Vec<Check> {
+    let [firecracker, jailer, qemu] = places(images).map(asked);
     let needed = !(kvm && usable(&firecracker) && usable(&jailer));
     vec![judge_qemu(&qemu, needed), judge("firecracker", &firecracker, kvm), judge("jailer", &jailer, kvm)]
 }
 
 /// Where those of them are that are there.
-pub fn programs() -> Vec<PathBuf> {
-    places().into_iter().flatten().collect()
+pub fn programs(images: &Path) -> Vec<PathBuf> {
+    places(images).into_iter().flatten().collect()
 }
 
-/// Firecracker, its jailer, QEMU.
-fn places() -> [Option<PathBuf>; 3] {
+/// Firecracker, its jailer, QEMU; where the server looks.
+fn places(images: &Path) -> [Option<PathBuf>; 3] {
     let place =
         |given: Option<PathBuf>, name: &str| given.filter(|path| tool::is_program(path)).or_else(|| tool::find(name));
-    let firecracker = place(std::env::var_os("FIRECRACKER_BIN").map(PathBuf::from), "firecracker");
+    let given = std::env::var_os("FIRECRACKER_BIN").map(PathBuf::from);
+    let firecracker = place(given.or_else(|| fetched(images)), "firecracker");
     // Releases carry both side by side.
     let jailer = place(firecracker.as_ref().map(|path| path.with_file_name("jailer")), "jailer");
     let qemu = place(None, &format!("qemu-system-{}", std::env::consts::ARCH));
     [firecracker, jailer, qemu]
+}
+
+/// The newest release that `scripts/install-vm-assets.sh` put beside the images, in `firecracker/v1.15.1`.
+fn fetched(images: &Path) -> Option<PathBuf> {
+    let releases = std::fs::read_dir(images.join("firecracker")).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+    let programs = releases.filter_map(|dir| {
+        let version = Version::find(dir.file_name()?.to_str()?)?;
+        Some((version, dir.join("firecracker"))).filter(|(_, file)| tool::is_program(file))
+    });
+    programs.max().map(|(_, file)| file)
 }
 
 fn asked(path: Option<PathBuf>) -> Program {
@@ -95,6 +106,8 @@ fn judge(name: &'static str, program: &Program, kvm: bool) -> Check {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
     use crate::doctor::check::Level;
 
@@ -110,6 +123,19 @@ mod tests {
         assert_eq!(firecracker(Version(1, 14, 4)).level, Level::Warn);
         assert_eq!(firecracker(Version(1, 15, 0)).level, Level::Fail);
         assert_eq!(firecracker(Version(1, 16, 1)).level, Level::Ok);
+    }
+
+    #[test]
+    fn the_newest_fetched_release_is_the_one() {
+        let images = tempfile::tempdir().unwrap();
+        assert_eq!(fetched(images.path()), None);
+        for (release, mode) in [("v1.9.1", 0o755), ("v1.15.1", 0o755), ("v1.16.0", 0o644)] {
+            let dir = images.path().join("firecracker").join(release);
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::File::create(dir.join("firecracker")).unwrap();
+            std::fs::set_permissions(dir.join("firecracker"), PermissionsExt::from_mode(mode)).unwrap();
+        }
+        assert!(fetched(images.path()).unwrap().ends_with("firecracker/v1.15.1/firecracker"));
     }
 
     #[test]
