@@ -16,7 +16,7 @@ import pytest
 
 from conftest import LIVING
 from harness.server import ASSETS, Server
-from harness.tools import run, until
+from harness.tools import run, until, within
 
 #: A store as server 0.1 wrote it: tables of version 2, records of version 1. Never edit it.
 OLD_STORE = Path(__file__).with_name("fixtures") / "store-2-records-1.sql"
@@ -244,7 +244,7 @@ def _removed(group: Path) -> bool:
 def test_strays_are_reaped_and_strangers_are_not(server: Server, vm: str, make_server: Callable[..., Server]) -> None:
     """A store older than a VM: its machine and its slot go after the grace time, its disk stays, nobody else's is touched."""
     del vm
-    mine = make_server("strays", "--vmm", "qemu", "--warm-slots", "0", "--stray-grace-secs", "3").start()
+    mine = make_server("strays", "--vmm", "qemu", "--warm-slots", "0", "--stray-grace-secs", round(within(3))).start()
     strangers = _Strangers(mine, server)
     try:
         strangers.make()
