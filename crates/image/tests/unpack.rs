@@ -350,7 +350,7 @@ async fn limits_are_the_images_and_the_disks() {
     // What others are unpacking counts too.
     let unpacking = host.images().join("cache/unpack-x/tree");
     std::fs::create_dir_all(&unpacking).unwrap();
-    std::fs::write(unpacking.join("file"), vec![1; 24 << 20]).unwrap();
+    std::io::copy(&mut [1; 24 << 20].as_slice(), &mut std::fs::File::create(unpacking.join("file")).unwrap()).unwrap();
     let room = clawpot_image::Room { quota: Some(40 << 20), reserve: 0 };
     let small = || Layout::new([Tar::default().file("a", b"a").end()]).tar();
     let error = import(&host.library_with(room), small(), "small").await.unwrap_err();
