@@ -5,9 +5,11 @@
 //! - [`boot`] from the kernel's first process to a Debian (or other) root with network and identity
 //! - [`listen`] where the host comes in; [`server`] the gRPC service; [`hello`] its first call
 //! - [`exec`] processes with an id; [`reaper`] the one owner of `waitpid`; [`user`] passwd and group by hand
+//! - [`builder`] nix for the host, where the image says so, on a port of its own
 //! - [`shutdown`] from SIGTERM to the end of the machine; [`console`] what is said before and beside all that
 
 pub mod boot;
+pub mod builder;
 pub mod console;
 pub mod exec;
 pub mod hello;

@@ -6,7 +6,6 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use clawpot_common::AGENT_PORT;
 use clawpot_types::guest::{MANAGEMENT_ADDRESS, MANAGEMENT_HOST_ADDRESS};
 use futures_core::Stream;
 use futures_util::stream;
@@ -26,7 +25,7 @@ const BACKLOG: i32 = 64;
 /// How long a failing accept (no descriptors, no memory) is left alone.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The one listener of this machine.
+/// A listener for the host.
 #[derive(Debug)]
 pub enum Listener {
     Vsock(VsockListener),
@@ -34,19 +33,19 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// The agent's vsock port.
-    pub fn vsock() -> io::Result<Self> {
-        VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, AGENT_PORT)).map(Self::Vsock)
+    /// A vsock port.
+    pub fn vsock(port: u32) -> io::Result<Self> {
+        VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)).map(Self::Vsock)
     }
 
-    /// The agent's TCP port on the management NIC. Bound to the device: a packet for this address that comes in elsewhere, or
+    /// A TCP port on the management NIC. Bound to the device: a packet for this address that comes in elsewhere, or
     /// from a process of the guest, finds no listener.
-    pub fn tcp(device: &str) -> io::Result<Self> {
+    pub fn tcp(device: &str, port: u32) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
         sockopt::set_socket_reuseaddr(&socket, true)?;
         crate::boot::network::bind_to_device(&socket, device)?;
-        let port = u16::try_from(AGENT_PORT).map_err(io::Error::other)?;
+        let port = u16::try_from(port).map_err(io::Error::other)?;
         bind(&socket, &SocketAddrV4::new(MANAGEMENT_ADDRESS, port))?;
         listen(&socket, BACKLOG)?;
         TcpListener::from_std(socket.into()).map(Self::Tcp)

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clawpot_agent::boot::{self, Booted, cmdline::Transport};
+use clawpot_agent::builder::{self, Builder};
 use clawpot_agent::console::{chain, say};
 use clawpot_agent::exec::{Cgroups, PATIENCE, Shared, Surroundings};
 use clawpot_agent::hello::{Identity, Timings, WallClock};
@@ -11,6 +12,7 @@ use clawpot_agent::listen::Listener;
 use clawpot_agent::reaper::{Reaper, Scope};
 use clawpot_agent::server::{Service, serve};
 use clawpot_agent::{shutdown, since_kernel_start};
+use clawpot_common::AGENT_PORT;
 use tokio::sync::mpsc;
 
 fn main() -> ExitCode {
@@ -55,10 +57,8 @@ async fn serve_host(mut booted: Booted, started: std::time::Duration) -> Result<
         memory: memory_for_execs(),
         patience: PATIENCE,
     })?;
-    let listener = match (booted.commands.transport, &booted.management) {
-        (Transport::Tcp, Some(device)) => Listener::tcp(device),
-        _ => Listener::vsock(),
-    }?;
+    let listener = listen(&booted, AGENT_PORT)?;
+    start_builder(&booted, &execs);
     let listening = booted.phases.reached("listen");
     say(format_args!("listening after {} ms:{}", listening.as_millis(), booted.phases));
     let (stop, mut stops) = mpsc::channel(1);
@@ -81,6 +81,34 @@ async fn serve_host(mut booted: Booted, started: std::time::Duration) -> Result<
             Err("the listener has ended".into())
         }
         error = ending => Ok(error.into()),
+    }
+}
+
+fn listen(booted: &Booted, port: u32) -> std::io::Result<Listener> {
+    match (booted.commands.transport, &booted.management) {
+        (Transport::Tcp, Some(device)) => Listener::tcp(device, port),
+        _ => Listener::vsock(port),
+    }
+}
+
+/// Where the image is a builder's. That it does not work stops nothing else.
+fn start_builder(booted: &Booted, execs: &Arc<Shared>) {
+    let start = || -> Result<bool, Failure> {
+        let own_disk = rustix::fs::fstat(&booted.disk)?.st_dev;
+        let Some(config) = builder::Config::read(own_disk)? else { return Ok(false) };
+        let incoming = listen(booted, clawpot_common::builder::PORT)?.incoming();
+        let builder = Builder::new(config, Arc::clone(execs));
+        tokio::spawn(async move {
+            if let Err(error) = builder::serve(builder, incoming).await {
+                say(format_args!("builder: {error}"));
+            }
+        });
+        Ok(true)
+    };
+    match start() {
+        Ok(true) => say(format_args!("this is a builder, on port {}", clawpot_common::builder::PORT)),
+        Ok(false) => {}
+        Err(failure) => say(format_args!("this is to be a builder, but cannot: {}", chain(&*failure))),
     }
 }
 

@@ -1,8 +1,10 @@
 //! The letterbox: the generated protocol and the client's side of it.
 //!
 //! - [`v1`] the public API, [`agent`] host ↔ guest; wire types stop at the doors of the crates that use them.
+//! - [`builder`] the lines that a builder VM speaks; no protobuf.
 //! - [`client`] reaches a server over its Unix socket.
 
+pub mod builder;
 pub mod client;
 
 /// The public API, `clawpot.v1`.

@@ -9,7 +9,7 @@ run_needs=(qemu-system-x86_64=qemu-system-x86 nft=nftables ip=iproute2 mke2fs=e2
 vm_needs=(qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils ssh=openssh-client rsync=rsync mmdebstrap=mmdebstrap mke2fs=e2fsprogs
   lz4=lz4 zstd=zstd strip=binutils)
 python_needs=("/usr/lib/python3.*/ensurepip/__main__.py=python3-venv" /etc/ssl/certs/ca-certificates.crt=ca-certificates)
-registry_needs=(docker-registry=docker-registry skopeo=skopeo umoci=umoci openssl=openssl)
+registry_needs=(docker-registry=docker-registry skopeo=skopeo umoci=umoci openssl=openssl buildah=buildah)
 lint_needs=(shellcheck=shellcheck)
 
 apt_get() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 "$@"; }

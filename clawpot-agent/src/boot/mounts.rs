@@ -36,7 +36,8 @@ pub type Fresh = Vec<&'static str>;
 /// Mounts image and disk, one over the other, makes that the root and mounts the rest.
 /// The disk's root directory is kept open: it has no path afterwards.
 pub fn root_file_system() -> Result<(OwnedFd, Fresh), BootError> {
-    let format = image_format()?;
+    let format =
+        format_of_device(IMAGE_DEVICE.as_ref()).doing(format_args!("recognising the file system of {IMAGE_DEVICE}"))?;
     if format == "erofs" {
         modules::load_late("erofs.ko");
     }
@@ -89,15 +90,12 @@ fn runtime_file_systems() -> Result<(), BootError> {
 }
 
 /// "ext4" or "erofs", by what is written where their superblocks are.
-fn image_format() -> Result<&'static str, BootError> {
-    let doing = format_args!("recognising the file system of {IMAGE_DEVICE}");
+pub fn format_of_device(path: &Path) -> io::Result<&'static str> {
     let mut superblock = [0; 1024];
-    let mut device = File::open(IMAGE_DEVICE).doing(doing)?;
-    device.seek(SeekFrom::Start(1024)).doing(doing)?;
-    device.read_exact(&mut superblock).doing(doing)?;
-    format_of(&superblock)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "neither ext4 nor erofs"))
-        .doing(doing)
+    let mut device = File::open(path)?;
+    device.seek(SeekFrom::Start(1024))?;
+    device.read_exact(&mut superblock)?;
+    format_of(&superblock).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "neither ext4 nor erofs"))
 }
 
 fn format_of(superblock: &[u8; 1024]) -> Option<&'static str> {

@@ -84,8 +84,7 @@ impl Cgroups {
 
     /// Whether no process is left in any of them.
     pub fn is_empty(&self) -> io::Result<bool> {
-        let events = std::fs::read_to_string(self.root.join("cgroup.events"))?;
-        Ok(events.lines().any(|line| line == "populated 0"))
+        is_empty(&self.root)
     }
 }
 
@@ -93,6 +92,11 @@ impl Cgroup {
     /// Kills everyone in it and below.
     pub fn kill(&self) -> io::Result<()> {
         kill(&self.path)
+    }
+
+    /// Whether no process is left in it or below.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        is_empty(&self.path)
     }
 }
 
@@ -107,6 +111,11 @@ fn make(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         result => result,
     }
+}
+
+fn is_empty(path: &Path) -> io::Result<bool> {
+    let events = std::fs::read_to_string(path.join("cgroup.events"))?;
+    Ok(events.lines().any(|line| line == "populated 0"))
 }
 
 fn kill(path: &Path) -> io::Result<()> {

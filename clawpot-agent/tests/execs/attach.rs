@@ -202,7 +202,7 @@ async fn what_was_sent_twice_counts_once_and_a_gap_is_refused() {
 #[tokio::test]
 async fn a_process_that_does_not_read_is_no_obstacle() {
     let Some(guest) = guest().await else { return };
-    let mut session = guest.open(In::Start(with_stdin("exec 0<&-; echo ready; sleep 0.3; echo bye"))).await;
+    let mut session = guest.open(In::Start(with_stdin("exec 0<&-; echo ready; sleep 2; echo bye"))).await;
     session.first_output().await;
     let total = u64::try_from(64 * EXEC_CHUNK).unwrap();
     let run = pump(session, total).await;

@@ -94,9 +94,15 @@ impl Builder {
             }
             talk => talk.map_err(|error| blame(error, exit, &stderr)),
         };
-        let work = helper.done()?;
+        let (work, owners) = helper.done()?;
         // Also on failure nothing of it is left once that is told.
-        blocking(move || finish(work, made?)).await
+        blocking(move || {
+            // Before the next helper can have the same owners: from here on they reach nothing of this one.
+            let taken = take_back(&work.dir);
+            drop(owners);
+            taken.and_then(|()| finish(work, made?))
+        })
+        .await
     }
 
     fn start(&self) -> Result<(Helper, OwnedFd, File)> {
@@ -249,9 +255,10 @@ impl Helper {
     }
 
     /// It has ended: nothing is left but its files.
-    fn done(mut self) -> Result<Work> {
+    fn done(mut self) -> Result<(Work, Owners)> {
         self.child = None;
-        self.work.take().ok_or_else(|| Error::new(Kind::Internal, "the helper's files are gone"))
+        let work = self.work.take().ok_or_else(|| Error::new(Kind::Internal, "the helper's files are gone"))?;
+        Ok((work, self.owners.clone()))
     }
 }
 
@@ -371,6 +378,13 @@ impl Owners {
         }
         Ok(())
     }
+}
+
+/// The directory is root's again, and nobody else's to enter.
+fn take_back(dir: &Path) -> Result<()> {
+    std::os::unix::fs::chown(dir, Some(0), Some(0))
+        .and_then(|()| std::fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)))
+        .map_err(|error| Error::io(format!("taking over {}", dir.display()), error))
 }
 
 /// Takes the file over from the helper, which has ended and had nobody to leave it open to.

@@ -67,7 +67,8 @@ impl Store {
                 bytes += meta.blocks() * 512;
             }
         }
-        Ok(bytes)
+        // What helpers are unpacking, and what scripts keep there.
+        Ok(bytes + below(&self.cache())?)
     }
 
     fn keep(&self, dry_run: bool, all: bool, held: &Lock) -> Result<Keep> {
@@ -169,6 +170,29 @@ impl Sweep {
 fn is_older(meta: &std::fs::Metadata, age: Duration) -> bool {
     let modified = meta.modified().unwrap_or_else(|_| SystemTime::now());
     SystemTime::now().duration_since(modified).is_ok_and(|passed| passed >= age)
+}
+
+/// Bytes on disk of all files below `dir`, which others may be changing.
+fn below(dir: &Path) -> Result<u64> {
+    let (mut bytes, mut todo) = (0, vec![dir.to_owned()]);
+    while let Some(dir) = todo.pop() {
+        let failed = |error| Error::io(format!("measuring {}", dir.display()), error);
+        let entries = match std::fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(failed(error)),
+        };
+        for entry in entries {
+            let entry = entry.map_err(failed)?;
+            match entry.metadata() {
+                Ok(meta) if meta.is_dir() => todo.push(entry.path()),
+                Ok(meta) => bytes += meta.blocks() * 512 / meta.nlink().max(1),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(failed(error)),
+            }
+        }
+    }
+    Ok(bytes)
 }
 
 fn files(dir: &Path) -> Result<Vec<(PathBuf, std::fs::Metadata)>> {

@@ -307,6 +307,35 @@ async fn plain_and_zstd_layers_are_read_as_well() {
 }
 
 #[tokio::test]
+async fn of_two_files_of_one_name_each_is_its_own_digests() {
+    let host = Host::new();
+    let library = host.library();
+    let layers = [Tar::default().file("a", b"first").end(), Tar::default().file("a", b"other").end()];
+    let first = Layout { layers: vec![(layers[0].clone(), layers[0].clone())], ..Layout::new([]) };
+    // The layer, and behind it under a name that says no digest first the layer again, then as many bytes of something else.
+    let mut archive = first.tar();
+    archive.truncate(archive.len() - 1024);
+    let blob = format!("blobs/sha256/{}", digest(&layers[0]).hex());
+    let archive = [archive, Tar::default().file("twice", &layers[0]).file("twice", &layers[1]).end()].concat();
+    let image = import(&library, archive, "first").await.unwrap();
+    assert_eq!(debugfs(&host, &image, "cat /a").await, "first");
+    assert_eq!(std::fs::read(host.images().join("oci").join(blob.trim_start_matches("blobs/"))).unwrap(), layers[0]);
+    // What `docker save` calls a layer is a name: the later one has it, and then the digest of the content is wrong.
+    let saved = br#"[{"Config":"config.json","RepoTags":null,"Layers":["layer.tar"]}]"#;
+    let config = serde_json::json!({
+        "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": [digest(&layers[0])] },
+    });
+    let archive = Tar::default()
+        .file("manifest.json", saved)
+        .file("config.json", &serde_json::to_vec(&config).unwrap())
+        .file("layer.tar", &layers[0])
+        .file("layer.tar", &layers[1])
+        .end();
+    let error = import(&library, archive, "second").await.unwrap_err();
+    assert!(error.kind() == Kind::Corrupt && error.chain().contains("unpacked it has"), "{}", error.chain());
+}
+
+#[tokio::test]
 async fn limits_are_the_images_and_the_disks() {
     let host = Host::new();
     let mib =
@@ -318,4 +347,14 @@ async fn limits_are_the_images_and_the_disks() {
     let error = import(&host.library_with(room), Layout::new([mib(1)]).tar(), "big").await.unwrap_err();
     assert!(error.kind() == Kind::Exhausted && error.chain().contains("stay free"), "{}", error.chain());
     assert_eq!(host.files(), Vec::<String>::new());
+    // What others are unpacking counts too.
+    let unpacking = host.images().join("cache/unpack-x/tree");
+    std::fs::create_dir_all(&unpacking).unwrap();
+    std::io::copy(&mut [1; 24 << 20].as_slice(), &mut std::fs::File::create(unpacking.join("file")).unwrap()).unwrap();
+    let room = clawpot_image::Room { quota: Some(40 << 20), reserve: 0 };
+    let small = || Layout::new([Tar::default().file("a", b"a").end()]).tar();
+    let error = import(&host.library_with(room), small(), "small").await.unwrap_err();
+    assert!(error.chain().contains("24 of the quota's 40 MiB are used"), "{}", error.chain());
+    std::fs::remove_dir_all(host.images().join("cache/unpack-x")).unwrap();
+    import(&host.library_with(room), small(), "small").await.unwrap();
 }

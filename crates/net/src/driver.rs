@@ -75,6 +75,7 @@ impl SlotNet {
             let Some(place) = usize::try_from(slot.0).ok().and_then(|n| standing.get_mut(n)) else { continue };
             *place = match seen.mark {
                 Some(Mark::Given) if seen.mounted => Standing::Given,
+                Some(Mark::CutOff) if seen.mounted => Standing::CutOff,
                 Some(Mark::Ready(digest)) if seen.mounted => Standing::Ready(digest),
                 _ => Standing::Leftover,
             };
@@ -118,7 +119,8 @@ impl SlotNet {
             warmer.await.map_err(|error| Error::new(Kind::Internal, "ending the work ahead").because(error))?;
         }
         let slots = self.list().await?;
-        if let Some(slot) = slots.iter().find(|slot| self.shop.standing(**slot) == Standing::Given) {
+        let in_use = |slot: &&Slot| matches!(self.shop.standing(**slot), Standing::Given | Standing::CutOff);
+        if let Some(slot) = slots.iter().find(in_use) {
             return Err(Error::new(
                 Kind::FailedPrecondition,
                 format!("giving up the block of network slots: slot {slot} is in use"),
@@ -193,7 +195,7 @@ impl Net for SlotNet {
 
     async fn look(&self, slot: Slot) -> Result<Option<()>> {
         self.shop.site.block.check(slot)?;
-        Ok(self.shop.may_talk(slot)?.then_some(()))
+        Ok(self.shop.is_given(slot)?.then_some(()))
     }
 
     async fn left(&self, slot: Slot) -> Result<Option<()>> {
@@ -203,6 +205,10 @@ impl Net for SlotNet {
 
     async fn ensure(&self, slot: Slot) -> Result<()> {
         self.on(slot, move |shop, turn| async move { shop.ensure(slot, &turn).await }).await
+    }
+
+    async fn ensure_cut_off(&self, slot: Slot) -> Result<()> {
+        self.on(slot, move |shop, turn| async move { shop.ensure_cut_off(slot, &turn).await }).await
     }
 
     async fn remove(&self, slot: Slot) -> Result<()> {

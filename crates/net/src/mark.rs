@@ -8,7 +8,7 @@
 //!                      └──────────┴───────────────────────────────────────────┘
 //! ```
 //! `ready` was never given to a VM; only such a one is given out. `given` may have its elements or not (a crash between
-//! the two): setting them again is all it takes. Anything else is removed before the slot is made again.
+//! the two): setting them again is all it takes. `cut off` is a `given` that never gets them, and whose veth is down. Anything else is removed before the slot is made again.
 
 use std::fmt;
 
@@ -30,6 +30,7 @@ impl RulesDigest {
 pub(crate) enum Mark {
     Ready(RulesDigest),
     Given,
+    CutOff,
     Used,
 }
 
@@ -38,6 +39,7 @@ impl fmt::Display for Mark {
         match self {
             Self::Ready(digest) => write!(f, "clawpot ready {:016x}", digest.0),
             Self::Given => f.write_str("clawpot given"),
+            Self::CutOff => f.write_str("clawpot cut off"),
             Self::Used => f.write_str("clawpot used"),
         }
     }
@@ -47,6 +49,7 @@ impl Mark {
     pub(crate) fn parse(alias: &str) -> Option<Self> {
         match alias.strip_prefix("clawpot ")? {
             "given" => Some(Self::Given),
+            "cut off" => Some(Self::CutOff),
             "used" => Some(Self::Used),
             other => {
                 let digits = other.strip_prefix("ready ").filter(|digits| digits.len() == 16)?;
@@ -62,6 +65,8 @@ pub(crate) enum Standing {
     Absent,
     Ready(RulesDigest),
     Given,
+    /// Given, and its VM is to reach nobody.
+    CutOff,
     /// Something is there, or was when work on it began; to be removed before anything else.
     Leftover,
 }
@@ -74,7 +79,7 @@ mod tests {
     fn marks_read_back_and_others_do_not() {
         let digest = RulesDigest::of("rules");
         assert_ne!(digest, RulesDigest::of("other rules"));
-        for mark in [Mark::Ready(digest), Mark::Given, Mark::Used] {
+        for mark in [Mark::Ready(digest), Mark::Given, Mark::CutOff, Mark::Used] {
             assert_eq!(Mark::parse(&mark.to_string()), Some(mark));
         }
         for other in ["", "clawpot", "clawpot ", "clawpot ready", "clawpot ready 12", "given", "clawpot given "] {

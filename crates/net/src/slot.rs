@@ -115,7 +115,12 @@ impl Site {
 
     /// `false`: the slot has no link.
     pub(crate) fn mark(&self, slot: Slot, mark: Mark) -> Result<bool> {
-        link::set_alias(&mut Netlink::route()?, &self.names.slot(slot), &mark.to_string())
+        let (netlink, name, mark_text) = (&mut Netlink::route()?, self.names.slot(slot), mark.to_string());
+        match mark {
+            // Not by the host's rules alone, which anybody may flush: nothing leaves through a link that is down.
+            Mark::CutOff => link::set_alias_and_down(netlink, &name, &mark_text),
+            _ => link::set_alias(netlink, &name, &mark_text),
+        }
     }
 
     /// The namespace loses its name. Its links go a moment later.

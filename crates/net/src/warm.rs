@@ -74,7 +74,7 @@ async fn make_one(shop: &Arc<Workshop>, slot: Slot, digest: RulesDigest) -> Resu
     let turn = shop.turn(slot).await?;
     match shop.standing(slot) {
         // A leftover is its finder's business: its machine may still be there.
-        Standing::Given | Standing::Leftover => Ok(()),
+        Standing::Given | Standing::CutOff | Standing::Leftover => Ok(()),
         Standing::Ready(made_with) if made_with == digest => Ok(()),
         Standing::Ready(_) | Standing::Absent => shop.make(slot, &turn).await,
     }

@@ -119,11 +119,17 @@ impl Workshop {
         Ok(self.standing(slot) == Standing::Given && netns::is_mounted(&self.site.netns(slot))?)
     }
 
+    /// Whether a VM has the slot and can live in it, be it that it may talk or that it may not.
+    pub(crate) fn is_given(&self, slot: Slot) -> Result<bool> {
+        let given = matches!(self.standing(slot), Standing::Given | Standing::CutOff);
+        Ok(given && netns::is_mounted(&self.site.netns(slot))?)
+    }
+
     /// Whether a VM that had the slot has left something, or has it still.
     pub(crate) fn is_left(&self, slot: Slot) -> Result<bool> {
         match self.standing(slot) {
             Standing::Ready(_) => Ok(false),
-            Standing::Given | Standing::Leftover => Ok(true),
+            Standing::Given | Standing::CutOff | Standing::Leftover => Ok(true),
             Standing::Absent => self.is_anything_there(slot),
         }
     }
@@ -133,6 +139,25 @@ impl Workshop {
         if self.may_talk(slot)? {
             return Ok(());
         }
+        self.give(slot, Mark::Given, turn).await?;
+        self.table.admit(&self.nft, &self.site, slot).await?;
+        self.steps.reached(Step::Admitted)?;
+        self.set(slot, Standing::Given);
+        Ok(())
+    }
+
+    /// Until the slot is a VM's that reaches nobody. One that may talk is made anew.
+    pub(crate) async fn ensure_cut_off(self: &Arc<Self>, slot: Slot, turn: &Turn) -> Result<()> {
+        if self.standing(slot) == Standing::CutOff && netns::is_mounted(&self.site.netns(slot))? {
+            return Ok(());
+        }
+        self.give(slot, Mark::CutOff, turn).await?;
+        self.set(slot, Standing::CutOff);
+        Ok(())
+    }
+
+    /// From ready, or from whatever it was, to a VM's.
+    async fn give(self: &Arc<Self>, slot: Slot, mark: Mark, turn: &Turn) -> Result<()> {
         let ready = matches!(self.standing(slot), Standing::Ready(_)) && netns::is_mounted(&self.site.netns(slot))?;
         if !ready {
             self.make(slot, turn).await?;
@@ -141,12 +166,8 @@ impl Workshop {
             self.known.set(slot, rules);
         }
         self.set(slot, Standing::Leftover);
-        self.block(move |shop| shop.site.mark(slot, Mark::Given)).await?;
-        self.steps.reached(Step::MarkedGiven)?;
-        self.table.admit(&self.nft, &self.site, slot).await?;
-        self.steps.reached(Step::Admitted)?;
-        self.set(slot, Standing::Given);
-        Ok(())
+        self.block(move |shop| shop.site.mark(slot, mark)).await?;
+        self.steps.reached(Step::MarkedGiven)
     }
 
     /// Until the slot is ready, from whatever it was; a given one too, so not to be called for it.

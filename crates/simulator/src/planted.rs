@@ -116,6 +116,10 @@ impl Net for Doubled {
         self.0.ensure(doubled(slot, self.slots())).await
     }
 
+    async fn ensure_cut_off(&self, slot: Slot) -> Result<()> {
+        self.0.ensure_cut_off(doubled(slot, self.slots())).await
+    }
+
     async fn remove(&self, slot: Slot) -> Result<()> {
         self.0.remove(doubled(slot, self.slots())).await
     }

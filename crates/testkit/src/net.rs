@@ -70,6 +70,11 @@ impl Net for FakeNet {
         self.line.call(Method::NetEnsure, work).await
     }
 
+    /// Whom a fake guest reaches nobody asks.
+    async fn ensure_cut_off(&self, slot: Slot) -> Result<()> {
+        self.ensure(slot).await
+    }
+
     async fn remove(&self, slot: Slot) -> Result<()> {
         let work = || {
             self.host.change(|inventory| {

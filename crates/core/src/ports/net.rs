@@ -13,7 +13,7 @@ pub trait Net: Send + Sync {
     /// What follows from the number alone; makes nothing. `InvalidArgument`: not one of ours.
     fn seat(&self, slot: Slot) -> Result<Seat>;
 
-    /// Whether [`Self::ensure`] has nothing to do: the netns is there and the slot may talk.
+    /// Whether [`Self::ensure`] has nothing to do: the netns is there, and the slot may talk or was cut off on purpose.
     async fn look(&self, slot: Slot) -> Result<Option<()>>;
 
     /// Whether [`Self::remove`] has something to do: the slot was given to a VM, and some of it is there, be it half made or
@@ -23,6 +23,10 @@ pub trait Net: Send + Sync {
     /// netns, taps, veth, rules, and the two elements that let the slot talk. A slot made ready by [`Self::warm`] costs one
     /// nft transaction. A netns that served another VM is never given out.
     async fn ensure(&self, slot: Slot) -> Result<()>;
+
+    /// As [`Self::ensure`], but without the two elements and with its link down: whoever is in the slot reaches nobody and no name, also after the
+    /// server was started anew. [`Self::look`] finds it ready.
+    async fn ensure_cut_off(&self, slot: Slot) -> Result<()>;
 
     /// Nothing of the slot is left when it returns: elements, conntrack entries, netns, links.
     /// Only after the VM's processes are gone, or the tap is busy.

@@ -117,8 +117,9 @@ async fn stretch(
     };
     let (send, receive) = mpsc::channel(BACKLOG);
     let size = blob.size;
+    // Of the whole: what came earlier is not fetched again, and counts.
+    let mut at = download.bytes;
     let writer = tokio::task::spawn_blocking(move || download.write(receive, size));
-    let mut at = 0;
     let mut broken = None;
     while let Some(chunk) = chunks.next().await {
         match chunk {

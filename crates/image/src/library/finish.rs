@@ -8,7 +8,6 @@ use tokio::sync::mpsc;
 
 use super::Library;
 use super::progress::{Meter, Teller};
-use super::room::LEAST;
 use crate::build::{Feed, Made, Recipe, Told};
 use crate::manifest::{Blob, Format, Manifest, Rootfs, Source, VERSION};
 use crate::oci::{self, Image};
@@ -60,20 +59,19 @@ impl Library {
         }
     }
 
-    /// Unpacks the layers that `files` gives, lowest first, and brings the result in.
+    /// Unpacks the layers that `files` gives, lowest first, and brings the result in. `room`: bytes for tree and file system.
     pub(super) async fn assemble<S>(
         &self,
         image: Image,
         called: Called,
+        room: u64,
         teller: &Teller,
         files: S,
     ) -> Result<ImageDetail>
     where
         S: futures_util::Stream<Item = Result<File>> + Send,
     {
-        let room = self.room;
-        let left = self.blocking(move |this| room.left(&this.store, LEAST)).await?;
-        let recipe = Recipe { limits: unpack::within(left / TREE_AND_IMAGE), uuid: oci::uuid(&image), time: 0 };
+        let recipe = Recipe { limits: unpack::within(room / TREE_AND_IMAGE), uuid: oci::uuid(&image), time: 0 };
         let (feed, fed) = mpsc::channel(1);
         let meters: Vec<Meter> =
             image.layers.iter().map(|layer| teller.meter(layer.digest.as_str(), layer.size)).collect();

@@ -222,7 +222,12 @@ async fn layered(
         .iter()
         .map(|layer| library.fetched(layer).and_then(|file| file.ok_or_else(|| gone(layer))))
         .collect();
-    let made = library.assemble(image, called, teller, futures_util::stream::iter(files)).await;
+    let room = library.room;
+    let left = library.blocking(move |this| room.left(&this.store, LEAST)).await;
+    let made = match left {
+        Ok(left) => library.assemble(image, called, left, teller, futures_util::stream::iter(files)).await,
+        Err(error) => Err(error),
+    };
     library.settle(hold, made).await
 }
 

@@ -18,6 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::Library;
 use super::finish::Called;
 use super::progress::Teller;
+use super::room::LEAST;
 use crate::oci::{self, DOCUMENT_LIMIT, Document, Image};
 use crate::refs::Hold;
 use crate::store::digest_of;
@@ -74,9 +75,10 @@ async fn layers(
         // The sizes are the registry's words.
         .fold(0, |bytes: u64, layer| bytes.saturating_add(layer.size));
     let room = library.room;
-    library.blocking(move |this| room.left(&this.store, needed)).await?;
+    let left = library.blocking(move |this| room.left(&this.store, needed.saturating_add(LEAST))).await?;
     let files = downloads(library, registry, reference, &image, teller);
-    library.assemble(image, called, teller, files).await
+    // What the layers will take is not the tree's as well.
+    library.assemble(image, called, left - needed, teller, files).await
 }
 
 fn parse(text: &str) -> Result<Reference> {

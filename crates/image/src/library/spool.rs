@@ -37,7 +37,8 @@ pub struct Spool {
     links: BTreeMap<String, String>,
     /// Read so far; the number of the last names its file.
     entries: usize,
-    by_digest: BTreeMap<Digest, String>,
+    /// Not by way of its name: of two entries of one name the later is the name's, and both are their digest's.
+    by_digest: BTreeMap<Digest, Spooled>,
     _work: Work,
 }
 
@@ -146,8 +147,9 @@ impl Spool {
             return Err(Error::new(Kind::Corrupt, format!("{name}: its content has the digest {digest}"))
                 .hint("make the archive again"));
         }
-        self.by_digest.insert(digest.clone(), name.clone());
-        self.files.insert(name, Spooled { path, blob: Blob { digest, size } });
+        let spooled = Spooled { path, blob: Blob { digest: digest.clone(), size } };
+        self.by_digest.insert(digest, spooled.clone());
+        self.files.insert(name, spooled);
         Ok(())
     }
 
@@ -171,8 +173,7 @@ impl Spool {
     }
 
     pub fn blob(&self, blob: &Blob) -> Result<&Spooled> {
-        let found = self.by_digest.get(&blob.digest).and_then(|name| self.files.get(name));
-        match found {
+        match self.by_digest.get(&blob.digest) {
             Some(file) if file.blob.size == blob.size => Ok(file),
             Some(file) => {
                 Err(bad(format!("{}: it has {} bytes, where {} are said", blob.digest, file.blob.size, blob.size)))

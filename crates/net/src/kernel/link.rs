@@ -78,6 +78,16 @@ pub(crate) fn set_alias(netlink: &mut Netlink, name: &str, alias: &str) -> Resul
     }
 }
 
+/// As [`set_alias`], and the link goes down, in one message: whoever dies meanwhile has done both or neither.
+pub(crate) fn set_alias_and_down(netlink: &mut Netlink, name: &str, alias: &str) -> Result<bool> {
+    let message = LinkMessageBuilder::<LinkUnspec>::new().name(name).alias(alias).down().build();
+    match set(netlink, message) {
+        Ok(()) => Ok(true),
+        Err(Refused(Errno::NODEV)) => Ok(false),
+        Err(refused) => Err(refused.to_error(format!("link {name}: marking it {alias:?} and taking it down"))),
+    }
+}
+
 /// `false`: no such link.
 pub(crate) fn delete(netlink: &mut Netlink, name: &str) -> Result<bool> {
     let message = LinkMessageBuilder::<LinkUnspec>::new().name(name).build();

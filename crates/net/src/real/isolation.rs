@@ -73,6 +73,44 @@ fn a_guest_reaches_the_world_and_the_resolver_and_nothing_else() {
 }
 
 #[test]
+fn a_slot_that_is_cut_off_reaches_nobody_whatever_becomes_of_the_hosts_rules() {
+    on_host(|world| async move {
+        let net = world.open("a").await;
+        let (slot, other) = (Slot(7), Slot(8));
+        net.ensure_cut_off(slot).await.unwrap();
+        net.ensure_cut_off(slot).await.unwrap();
+        net.ensure(other).await.unwrap();
+        assert_eq!(net.look(slot).await.unwrap(), Some(()));
+        assert_eq!(net.left(slot).await.unwrap(), Some(()));
+        let resolver = net.resolver().address;
+        let _resolver = Servers::start(&[(resolver, 53), (resolver, PORT)]);
+        let (guest, talker) = (Guest::start(&net, slot), Guest::start(&net, other));
+        assert!(talker.tcp(PUBLIC, PORT).is_some(), "the world is there");
+        let silent = |net: &SlotNet| {
+            reaches_nothing_forbidden(net, &guest, slot, other);
+            assert_eq!((guest.tcp(PUBLIC, PORT), guest.udp(INTERNET, PORT)), (None, None));
+            assert_eq!((guest.tcp(GATEWAY_ADDRESS, 53), guest.udp(GATEWAY_ADDRESS, 53)), (None, None));
+        };
+        silent(&net);
+        // What lets others talk is no concern of it, neither anew nor flushed.
+        net.ensure(Slot(9)).await.unwrap();
+        silent(&net);
+        Tool::new(paths().nft).args(["flush", "ruleset"]).run().await.unwrap();
+        silent(&net);
+        // Nor does a server forget it that starts anew.
+        drop(net);
+        let net = world.open("a").await;
+        assert_eq!(net.look(slot).await.unwrap(), Some(()));
+        silent(&net);
+        net.remove(slot).await.unwrap();
+        assert_eq!(net.left(slot).await.unwrap(), None);
+        net.ensure(slot).await.unwrap();
+        let again = Guest::start(&net, slot);
+        assert!(again.tcp(PUBLIC, PORT).is_some(), "the next VM of the slot is as any");
+    });
+}
+
+#[test]
 fn a_slot_in_use_gets_new_rules_and_keeps_its_connections() {
     on_host(|world| async move {
         let net = world.open("a").await;
