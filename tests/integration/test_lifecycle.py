@@ -269,6 +269,23 @@ def test_a_vmm_that_does_not_react(server: Server, sibling: str) -> None:
     assert server.cli("rm", sibling).ok().seconds < within(3)
 
 
+@pytest.mark.firecracker
+@pytest.mark.parametrize(("told", "number"), [("power off", 0x4321FEDC), ("halt", 0xCDEF0123)])
+def test_a_guest_that_goes_down_by_itself(server: Server, sibling: str, told: str, number: int) -> None:
+    """As `poweroff -f` and `halt -f` do it. No power can be switched off in Firecracker, and a halt is nobody's end: what
+    waits for nothing any more is stopped all the same."""
+    del told
+    asked = server.cli.start("exec", sibling, "--", "python3", "-c", f"import ctypes; ctypes.CDLL(None).reboot({number})")
+    server.cli("wait", "--for", "stopped", "--timeout", f"{round(within(60))}s", sibling).ok()
+    vm = server.cli.inspect(sibling)
+    assert vm["last_exit"]["reason"] == "powered-off" and vm["last_exit"]["by"] == "guest", vm
+    assert not server.vmm_pids(vm["id"])
+    asked.communicate(timeout=within(30))
+    assert asked.returncode == 125
+    server.cli("start", sibling).ok()
+    assert server.cli.sh(sibling, "echo back").ok().text == "back\n"
+
+
 def test_interrupted_while_it_boots(server: Server) -> None:
     before = server.steady()
     process = server.cli.start("run", "--rm", "--name", "early", "debian", "--", "true")

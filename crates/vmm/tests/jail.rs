@@ -100,6 +100,43 @@ async fn a_life_and_a_death() {
 }
 
 #[tokio::test]
+async fn a_guest_that_has_halted_ends_its_vmm() {
+    if !needs_root() {
+        return;
+    }
+    let place = Place::new();
+    let machine = place.machine();
+    let (jails, _consoles) = jails(&place);
+    let jail = jails.jail(&machine.id).unwrap();
+    jails.prepare(&machine).await.unwrap();
+    // Its agent answers: whoever printed the line, the guest lives.
+    let agent = clawpot_host::unix::listen(&jail.socket()).unwrap();
+    let agent = tokio::spawn(async move {
+        let (mut stream, _) = agent.accept().await.unwrap();
+        clawpot_host::connect::accept(&mut stream).await.unwrap();
+        clawpot_host::connect::confirm(&mut stream, 1).await.unwrap();
+    });
+    let go = place.state().join("go");
+    let script = format!(
+        "echo '[   12.1] reboot: System halted'; until [ -e {} ]; do sleep 0.1; done; echo a word of the VMM; exec sleep 60",
+        go.display()
+    );
+    jails.start(&machine.id, LIMITS, move |_| Ok(shell(&script))).await.unwrap();
+    let pending = jails.clone();
+    let id = machine.id.clone();
+    let waiting = tokio::spawn(async move { pending.exited(&id).await });
+    tokio::time::timeout(Duration::from_secs(10), agent).await.unwrap().unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, RUNNING);
+
+    // Nobody answers any more.
+    File::create(go).unwrap();
+    tokio::time::timeout(Duration::from_secs(20), waiting).await.unwrap().unwrap();
+    assert_eq!(jails.inspect(&machine.id).await, exited("its guest had halted, and the server ended its VMM"));
+    jails.destroy(&machine.id).await.unwrap();
+    place.nothing_left(&jails.list().unwrap());
+}
+
+#[tokio::test]
 async fn another_daemon_adopts() {
     if !needs_root() {
         return;

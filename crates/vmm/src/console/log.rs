@@ -17,6 +17,8 @@ const CHUNK: usize = 64 << 10;
 const LINE_LIMIT: usize = 500;
 /// Most that a tail looks at, bytes: hostile lines may be as long as the log.
 const TAIL_LIMIT: u64 = 256 << 10;
+/// A kernel's last line, and what its VMM says after it, bytes.
+const ENDING: u64 = 4 << 10;
 
 /// Offsets count from the start of what was kept when the daemon first looked, and go on through rotations.
 #[derive(Debug)]
@@ -112,13 +114,21 @@ impl Log {
     }
 
     pub(super) fn tail(&self, lines: usize) -> Result<Vec<String>> {
+        let mut all = self.last(TAIL_LIMIT)?;
+        Ok(all.split_off(all.len().saturating_sub(lines)))
+    }
+
+    /// The lines of the last few KiB.
+    pub(super) fn ending(&self) -> Result<Vec<String>> {
+        self.last(ENDING)
+    }
+
+    fn last(&self, most: u64) -> Result<Vec<String>> {
         let bytes = self.with_files(Vec::new(), |files| {
-            let from = files.end().saturating_sub(TAIL_LIMIT).max(files.start());
+            let from = files.end().saturating_sub(most).max(files.start());
             files.read_exactly(from, files.end())
         })?;
-        let text = String::from_utf8_lossy(&bytes);
-        let all: Vec<_> = text.lines().collect();
-        Ok(all[all.len().saturating_sub(lines)..].iter().map(|line| legible(line)).collect())
+        Ok(String::from_utf8_lossy(&bytes).lines().map(legible).collect())
     }
 
     /// `nothing` when there is no log.

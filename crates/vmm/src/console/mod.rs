@@ -23,6 +23,8 @@ use clawpot_core::{LastWords, MachineId};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Result, VmId};
 
+use tokio::sync::watch;
+
 use drain::Drain;
 use log::Log;
 
@@ -90,6 +92,17 @@ impl Consoles {
         for pump in pumps {
             pump.run().await;
         }
+    }
+
+    /// Tells of everything that is written to the VM's log.
+    pub(crate) fn written(&self, vm: &VmId) -> watch::Receiver<u64> {
+        self.log(vm).watch()
+    }
+
+    /// What the end of the log says of its guest's end. Unlike [`Console::tail`] it reads a few KiB, whatever was printed.
+    pub(crate) async fn last_words(&self, vm: &VmId) -> Result<LastWords> {
+        let log = self.log(vm);
+        blocking(vm, move || log.ending()).await.map(|lines| LastWords::of(&lines))
     }
 
     fn log(&self, vm: &VmId) -> Arc<Log> {
@@ -161,7 +174,7 @@ impl Console for Consoles {
 struct Reader {
     vm: VmId,
     log: Arc<Log>,
-    written: tokio::sync::watch::Receiver<u64>,
+    written: watch::Receiver<u64>,
     at: u64,
     follow: bool,
 }

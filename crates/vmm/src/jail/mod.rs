@@ -25,6 +25,7 @@
 
 mod confine;
 mod directory;
+mod halt;
 mod process;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -71,6 +72,8 @@ struct Inner {
     relays: Relays,
     /// Processes that this daemon started; how they end is known.
     children: Mutex<BTreeMap<MachineId, Arc<Child>>>,
+    /// Machines that were ended because their guests had halted.
+    halted: Mutex<BTreeSet<MachineId>>,
 }
 
 /// One machine's places. Makes nothing.
@@ -161,6 +164,7 @@ impl Jails {
             consoles,
             relays: Relays::default(),
             children: Mutex::default(),
+            halted: Mutex::default(),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -251,6 +255,9 @@ impl Jails {
         // The group is empty a moment before the process can be reaped.
         let child = self.children().get(id).cloned();
         match child {
+            _ if self.halted().contains(id) => {
+                Fact::Present(VmmFact::Exited { how: VmmEnd::Unseen(halt::HALTED.to_owned()) })
+            }
             Some(child) => Fact::from_look(child.wait().await.map(|exit| Some(VmmFact::Exited { how: end(exit) }))),
             None => Fact::from_look(look),
         }
@@ -274,11 +281,20 @@ impl Jails {
         }
     }
 
-    /// Returns once no process of the machine is left.
+    /// Returns once no process of the machine is left. One whose guest has halted is ended here: see [`halt`].
     pub async fn exited(&self, id: &MachineId) {
-        if let Ok(jail) = self.jail(id) {
-            jail.exited().await;
+        let Ok(jail) = self.jail(id) else { return };
+        let socket = jail.socket();
+        tokio::select! {
+            () = jail.exited() => return,
+            () = halt::halted(&self.inner.consoles, id, &socket) => {}
         }
+        tracing::info!(machine = %id, "its guest has halted: its VMM is ended");
+        self.halted().insert(id.clone());
+        if let Err(error) = self.stop(id) {
+            tracing::warn!(machine = %id, error = error.chain(), "ending a machine whose guest has halted");
+        }
+        jail.exited().await;
     }
 
     /// Kills every process of the machine; does not wait.
@@ -303,6 +319,7 @@ impl Jails {
         jail.cgroup().remove().await.map_err(|error| error.context(what()))?;
         failpoint::reached(Point::VmmGroupGone);
         self.children().remove(id);
+        self.halted().remove(id);
         Ok(())
     }
 
@@ -317,6 +334,10 @@ impl Jails {
     fn children(&self) -> MutexGuard<'_, BTreeMap<MachineId, Arc<Child>>> {
         // Whatever panicked, a map of descriptors stays whole.
         self.inner.children.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn halted(&self) -> MutexGuard<'_, BTreeSet<MachineId>> {
+        self.inner.halted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `work` on a thread where blocking is fine. A caller that goes away does not stop it.
