@@ -1,7 +1,8 @@
 //! From the kernel's first process in the initramfs to a root file system with network and identity.
 //!
-//! In order: [`cmdline`] what the host says → [`modules`] drivers → [`devices`] the two disks → [`mounts`] the overlay as
-//! root → [`identity`] names → [`network`] addresses. Whatever fails ends the boot with one line on the console.
+//! In order: [`cmdline`] what the host says → [`modules`] drivers → [`devices`] the disks → [`mounts`] the overlay as root →
+//! [`volumes`] extra disks at their places → [`identity`] names → [`network`] addresses. Whatever fails ends the boot with one
+//! line on the console.
 
 pub mod cmdline;
 pub mod devices;
@@ -9,6 +10,7 @@ pub mod identity;
 pub mod modules;
 pub mod mounts;
 pub mod network;
+pub mod volumes;
 
 use std::fmt::Display;
 use std::io;
@@ -51,13 +53,22 @@ impl<T, E: Into<io::Error>> Doing<T> for Result<T, E> {
 #[derive(Debug)]
 pub struct Booted {
     pub commands: CommandLine,
-    /// Root of the VM's disk, which has no path any more.
-    pub disk: OwnedFd,
+    /// What is made clean at the end, in this order: roots of the volumes and last of the VM's disk, which has no path any more.
+    pub disks: Vec<Disk>,
     /// Name of the management NIC; only under [`Transport::Tcp`].
     pub management: Option<String>,
     pub rootfs_ready: Duration,
     /// What took how long, for the console.
     pub phases: Phases,
+}
+
+/// A file system that is written to.
+#[derive(Debug)]
+pub struct Disk {
+    /// "disk", or where it is mounted.
+    pub name: String,
+    /// Of its root directory.
+    pub root: OwnedFd,
 }
 
 /// Durations since the kernel's start at the end of each phase.
@@ -92,8 +103,11 @@ pub fn boot() -> Result<Booted, BootError> {
     modules::load(&commands)?;
     phases.reached("modules");
     devices::wait_for(clawpot_types::guest::IMAGE_DEVICE)?;
-    devices::wait_for(clawpot_types::guest::DISK_DEVICE)?;
-    let (disk, fresh) = mounts::root_file_system()?;
+    let extra = commands.mounts.iter().map(|mount| &mount.device);
+    extra.chain([&commands.disk]).try_for_each(|device| devices::wait_for(device))?;
+    let (disk, fresh) = mounts::root_file_system(&commands.disk)?;
+    let mut disks = volumes::mount(&commands.mounts)?;
+    disks.push(Disk { name: "disk".to_owned(), root: disk });
     let rootfs_ready = phases.reached("rootfs");
     identity::set(&commands.hostname, &commands.vm, &fresh)?;
     network::loopback()?;
@@ -104,7 +118,7 @@ pub fn boot() -> Result<Booted, BootError> {
     };
     raise_file_limit();
     phases.reached("network");
-    Ok(Booted { commands, disk, management, rootfs_ready, phases })
+    Ok(Booted { commands, disks, management, rootfs_ready, phases })
 }
 
 /// Fewer files than wished for still serve.
