@@ -1,13 +1,13 @@
 //! From a request to stop to the end of the machine.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, mount_remount};
 use rustix::system::{RebootCommand, reboot};
 
-use crate::boot::Disk;
+use crate::boot::Volume;
 use crate::console::say;
 use crate::exec::Shared;
 
@@ -38,8 +38,8 @@ impl Stop {
 
 /// Ends all processes in order, makes the disks clean and stops the machine. Only as PID 1.
 ///
-/// The caller keeps serving meanwhile: output of the last moments still leaves.
-pub async fn run(stop: Stop, execs: &Shared, disks: &[Disk]) -> io::Error {
+/// The caller keeps serving meanwhile: output of the last moments still leaves. `disk` is the root of the VM's disk.
+pub async fn run(stop: Stop, execs: &Shared, volumes: &[Volume], disk: &OwnedFd) -> io::Error {
     tokio::time::sleep(ANSWER).await;
     let busy = !matches!(execs.cgroups.is_empty(), Ok(true));
     // Everyone but us. Whoever is stopped must run to hear it.
@@ -56,15 +56,16 @@ pub async fn run(stop: Stop, execs: &Shared, disks: &[Disk]) -> io::Error {
     if busy {
         tokio::time::sleep(LAST_WORDS).await;
     }
-    finish(disks)
+    finish(volumes, disk)
 }
 
 /// Makes the disks clean and stops the machine. Comes back only with why it could not.
-pub fn finish(disks: &[Disk]) -> io::Error {
+pub fn finish(volumes: &[Volume], disk: &OwnedFd) -> io::Error {
     rustix::fs::sync();
     // The overlay first: it writes to the disk.
-    let disks = disks.iter().map(|disk| (disk.name.as_str(), format!("/proc/self/fd/{}", disk.root.as_raw_fd())));
-    for (what, path) in std::iter::once(("root", "/".to_owned())).chain(disks) {
+    let held = |root: &OwnedFd| format!("/proc/self/fd/{}", root.as_raw_fd());
+    let volumes = volumes.iter().map(|volume| (volume.path.as_str(), held(&volume.root)));
+    for (what, path) in volumes.chain([("root", "/".to_owned()), ("disk", held(disk))]) {
         if let Err(errno) = mount_remount(&path, MountFlags::RDONLY, "") {
             say(format_args!("stopping: making {what} read-only: {errno}; its journal is replayed at the next start"));
         }

@@ -17,6 +17,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use clawpot_types::GuestPath;
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::console::say;
@@ -53,8 +54,10 @@ impl<T, E: Into<io::Error>> Doing<T> for Result<T, E> {
 #[derive(Debug)]
 pub struct Booted {
     pub commands: CommandLine,
-    /// What is made clean at the end, in this order: roots of the volumes and last of the VM's disk, which has no path any more.
-    pub disks: Vec<Disk>,
+    /// Root of the VM's disk, which has no path any more.
+    pub disk: OwnedFd,
+    /// Extra disks that are written to, in the order in which they are made clean at the end.
+    pub volumes: Vec<Volume>,
     /// Name of the management NIC; only under [`Transport::Tcp`].
     pub management: Option<String>,
     pub rootfs_ready: Duration,
@@ -62,11 +65,10 @@ pub struct Booted {
     pub phases: Phases,
 }
 
-/// A file system that is written to.
+/// An extra disk that is written to.
 #[derive(Debug)]
-pub struct Disk {
-    /// "disk", or where it is mounted.
-    pub name: String,
+pub struct Volume {
+    pub path: GuestPath,
     /// Of its root directory.
     pub root: OwnedFd,
 }
@@ -106,8 +108,7 @@ pub fn boot() -> Result<Booted, BootError> {
     let extra = commands.mounts.iter().map(|mount| &mount.device);
     extra.chain([&commands.disk]).try_for_each(|device| devices::wait_for(device))?;
     let (disk, fresh) = mounts::root_file_system(&commands.disk)?;
-    let mut disks = volumes::mount(&commands.mounts)?;
-    disks.push(Disk { name: "disk".to_owned(), root: disk });
+    let volumes = volumes::mount(&commands.mounts)?;
     let rootfs_ready = phases.reached("rootfs");
     identity::set(&commands.hostname, &commands.vm, &fresh)?;
     network::loopback()?;
@@ -118,7 +119,7 @@ pub fn boot() -> Result<Booted, BootError> {
     };
     raise_file_limit();
     phases.reached("network");
-    Ok(Booted { commands, disks, management, rootfs_ready, phases })
+    Ok(Booted { commands, disk, volumes, management, rootfs_ready, phases })
 }
 
 /// Fewer files than wished for still serve.

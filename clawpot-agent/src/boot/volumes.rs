@@ -5,10 +5,10 @@ use std::fs::DirBuilder;
 use rustix::mount::{MountFlags, mount as mount_at};
 
 use super::cmdline::Mount;
-use super::{BootError, Disk, Doing, mounts};
+use super::{BootError, Doing, Volume, mounts};
 
 /// Mounts them, outer places before inner ones; those that are written to are given back, inner ones first.
-pub fn mount(volumes: &[Mount]) -> Result<Vec<Disk>, BootError> {
+pub fn mount(volumes: &[Mount]) -> Result<Vec<Volume>, BootError> {
     let mut volumes: Vec<&Mount> = volumes.iter().collect();
     volumes.sort_by_key(|volume| volume.path.names().count());
     let mut written = Vec::new();
@@ -25,7 +25,7 @@ pub fn mount(volumes: &[Mount]) -> Result<Vec<Disk>, BootError> {
         };
         mount_at(device.as_str(), path.as_str(), "ext4", flags, options).doing(doing())?;
         if !read_only {
-            written.push(Disk { name: path.to_string(), root: mounts::open_root(path.as_str())? });
+            written.push(Volume { path: path.clone(), root: mounts::open_root(path.as_str())? });
         }
     }
     written.reverse();
