@@ -22,8 +22,9 @@ use crate::table::HostTable;
 /// Slots made or removed at a time: the kernel's lock on all links lets them pass one by one anyway.
 const AT_ONCE: usize = 4;
 
-/// A veth goes 4–30 ms after its namespace's name, a second later when hundreds go at once; after this somebody must be
-/// holding it. Removing one by hand takes 30 ms during which nobody else changes a link, so it is the last resort.
+/// A veth goes 4–30 ms after its namespace's name, seconds later when hundreds go at once; after this somebody may be
+/// holding it. Removing one by hand takes 30 ms during which nobody else changes a link, so it is the last resort, and done
+/// to one at a time: most of the others are gone when their turn comes.
 const LINK_GOES_BY_ITSELF: Duration = Duration::from_secs(2);
 /// And this long after its name it is an error.
 const LINK_GOES: Duration = Duration::from_secs(30);
@@ -36,10 +37,11 @@ pub(crate) struct Workshop {
     pub(crate) steps: Steps,
     originals: Originals,
     pub(crate) known: Known,
-    forgetting: Forgetting,
+    pub(crate) forgetting: Forgetting,
     standing: Mutex<Vec<Standing>>,
     locks: Vec<Arc<tokio::sync::Mutex<()>>>,
     hands: Semaphore,
+    by_hand: tokio::sync::Mutex<()>,
 }
 
 /// How a slot came by its rules.
@@ -68,6 +70,7 @@ impl Workshop {
             standing: Mutex::new(standing),
             locks,
             hands: Semaphore::new(AT_ONCE),
+            by_hand: tokio::sync::Mutex::default(),
         }
     }
 
@@ -242,13 +245,14 @@ impl Workshop {
         self.known.forget(slot);
         // One that was only ready never said a word, so nobody has to forget any.
         if !matches!(before, Standing::Ready(_)) {
+            let on_the_way = self.forgetting.on_the_way().await;
             let hand = self.hand().await?;
             self.block(move |shop| shop.site.mark(slot, Mark::Used)).await?;
             self.steps.reached(Step::MarkedUsed)?;
             self.table.silence(&self.nft, &self.site, slot).await?;
             self.steps.reached(Step::Silenced)?;
             drop(hand);
-            self.forgetting.connections_of(self.site.block.slot_address(slot)).await?;
+            self.forgetting.connections_of(self.site.block.slot_address(slot), on_the_way).await?;
             self.steps.reached(Step::Forgotten)?;
         }
         self.block(move |shop| shop.site.unname(slot)).await?;
@@ -268,7 +272,6 @@ impl Workshop {
     /// The kernel takes namespaces apart in the background; until the veth is gone its name is not free.
     async fn wait_for_link(self: &Arc<Self>, slot: Slot) -> Result<()> {
         let start = Instant::now();
-        let mut pause = Duration::from_millis(1);
         let mut by_hand = false;
         while self.site.link_is_known(slot) {
             if start.elapsed() > LINK_GOES {
@@ -276,11 +279,13 @@ impl Workshop {
             }
             if !by_hand && start.elapsed() > LINK_GOES_BY_ITSELF {
                 by_hand = true;
-                let _hand = self.hand().await?;
-                self.block(move |shop| shop.site.delete_link(slot)).await?;
+                let _turn = self.by_hand.lock().await;
+                if self.site.link_is_known(slot) {
+                    self.block(move |shop| shop.site.delete_link(slot)).await?;
+                }
             }
-            sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_millis(8));
+            // A quarter late at most: a thousand that looked every few milliseconds would slow the kernel down.
+            sleep((start.elapsed() / 4).clamp(Duration::from_millis(1), Duration::from_millis(100))).await;
         }
         Ok(())
     }

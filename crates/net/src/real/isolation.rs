@@ -195,6 +195,34 @@ fn the_host_reaches_a_guest_and_other_instances_do_not() {
 }
 
 #[test]
+fn a_slots_settings_are_its_own() {
+    on_host(|world| async move {
+        let net = world.open("a").await;
+        let setting = |key: &str| std::fs::read_to_string(format!("/proc/sys/net/{key}")).unwrap().trim().to_owned();
+        let host = setting("ipv4/conf/all/arp_announce");
+        assert_ne!(host, "2", "a host that differs from its slots");
+        net.ensure(Slot(1)).await.unwrap();
+        let wanted = [
+            ("ipv4/ip_forward".to_owned(), "1"),
+            ("ipv4/conf/all/send_redirects".to_owned(), "0"),
+            ("ipv4/conf/tap0/send_redirects".to_owned(), "0"),
+            ("ipv4/conf/up0/rp_filter".to_owned(), "1"),
+            ("ipv4/conf/mgmt0/arp_announce".to_owned(), "2"),
+            ("ipv6/conf/all/disable_ipv6".to_owned(), "1"),
+            ("ipv6/conf/tap0/disable_ipv6".to_owned(), "1"),
+        ];
+        let fd = clawpot_host::netns::open(&net.seat(Slot(1)).unwrap().netns).unwrap();
+        for (key, value) in wanted {
+            assert_eq!(inside(&fd, || setting(&key)), value, "{key}");
+        }
+        let end = net.shop().site.names.slot(Slot(1));
+        assert_eq!(setting(&format!("ipv4/conf/{end}/arp_announce")), "2");
+        assert_eq!(setting(&format!("ipv6/conf/{end}/disable_ipv6")), "1");
+        assert_eq!(setting("ipv4/conf/all/arp_announce"), host);
+    });
+}
+
+#[test]
 fn the_management_link_carries_the_hosts_connections_only() {
     on_host(|world| async move {
         let net = world.open("a").await;
