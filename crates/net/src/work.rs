@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 use crate::forget::Forgetting;
 use crate::kernel::netlink::Netlink;
 use crate::kernel::netns;
-use crate::kernel::nfnetlink::Ruleset;
+use crate::kernel::nfnetlink::{Copied, Ruleset};
 use crate::kernel::nft::Nft;
 use crate::mark::{Mark, RulesDigest, Standing};
 use crate::original::{Original, Originals};
@@ -48,8 +48,8 @@ pub(crate) struct Workshop {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Loaded {
     Whole,
-    /// The kernel did not take a copy; the slot is to be made again, which `nft` does.
-    Refused,
+    /// No copy came about; the slot is to be made again, for which `nft` will compile.
+    Not,
 }
 
 /// Holder of a slot's lock.
@@ -178,7 +178,7 @@ impl Workshop {
         if self.standing(slot) != Standing::Absent {
             self.remove(slot, turn).await?;
         }
-        if let Loaded::Refused = self.try_make(slot).await? {
+        if let Loaded::Not = self.try_make(slot).await? {
             self.remove(slot, turn).await?;
             self.try_make(slot).await?;
         }
@@ -195,8 +195,8 @@ impl Workshop {
             })
             .await
             .map_err(|error| error.context(format!("network slot {slot}: making its namespace and links")))?;
-        if let Loaded::Refused = self.load_rules(slot, &original, inside).await? {
-            return Ok(Loaded::Refused);
+        if let Loaded::Not = self.load_rules(slot, &original, inside).await? {
+            return Ok(Loaded::Not);
         }
         self.steps.reached(Step::Rules)?;
         let digest = original.digest;
@@ -214,14 +214,18 @@ impl Workshop {
     /// Into a namespace that has none. `inside`: a netfilter socket of it.
     async fn load_rules(self: &Arc<Self>, slot: Slot, original: &Arc<Original>, mut inside: Netlink) -> Result<Loaded> {
         if let Some(compiled) = original.compiled() {
-            return Ok(match self.block(move |_| compiled.write(&mut inside)).await {
-                Ok(()) => Loaded::Whole,
-                Err(error) => {
+            match self.block(move |_| compiled.write(&mut inside)).await {
+                Ok(Copied::Whole) => return Ok(Loaded::Whole),
+                Ok(Copied::Refused(error)) => {
                     original.refuse_copies();
                     tracing::warn!(%slot, error = error.chain(), "slots' rules are loaded by nft from now on");
-                    Loaded::Refused
                 }
-            });
+                Err(error) => {
+                    original.compile_again();
+                    tracing::warn!(%slot, error = error.chain(), "a slot's rules could not be copied; nft loads them");
+                }
+            }
+            return Ok(Loaded::Not);
         }
         let netns = clawpot_host::netns::open(&self.site.netns(slot))?;
         let what = format!("network slot {slot}: loading its rules");

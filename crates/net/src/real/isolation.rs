@@ -111,44 +111,6 @@ fn a_slot_that_is_cut_off_reaches_nobody_whatever_becomes_of_the_hosts_rules() {
 }
 
 #[test]
-fn a_slot_in_use_gets_new_rules_and_keeps_its_connections() {
-    on_host(|world| async move {
-        let net = world.open("a").await;
-        for slot in [Slot(1), Slot(2)] {
-            net.ensure(slot).await.unwrap();
-        }
-        let guest = Guest::start(&net, Slot(1));
-        let talking = guest.run(|| {
-            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-            socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
-            socket.connect((PUBLIC, PORT)).unwrap();
-            socket
-        });
-        let talks = || talking.send(b"?").is_ok() && talking.recv(&mut [0; 64]).is_ok();
-        assert!(talks());
-        // The host gets an address that looks public; a slot made now knows it.
-        let ip = clawpot_host::process::find_program("ip", None).unwrap();
-        Tool::new(ip).args(["addr", "add", "203.0.113.77/24", "dev", "uplink"]).run().await.unwrap();
-        // No longer than the host's addresses are remembered.
-        tokio::time::sleep(crate::original::REMEMBERED).await;
-        net.ensure(Slot(3)).await.unwrap();
-        crate::renew::all(net.shop()).await.unwrap();
-        let mut listed = Vec::new();
-        for slot in [Slot(3), Slot(1), Slot(2)] {
-            let netns = clawpot_host::netns::open(&net.seat(slot).unwrap().netns).unwrap();
-            let list = Tool::new(paths().nft).args(["-s", "list", "ruleset"]).with(|spawn| spawn.netns(netns));
-            listed.push(String::from_utf8(list.run().await.unwrap()).unwrap());
-        }
-        assert!(listed[0].contains("203.0.113.77"));
-        assert!(listed.iter().all(|rules| *rules == listed[0]));
-        assert!(talks());
-        let before = net.nft_runs();
-        crate::renew::all(net.shop()).await.unwrap();
-        assert_eq!(net.nft_runs(), before, "once is enough");
-    });
-}
-
-#[test]
 fn a_guest_cannot_fill_the_hosts_table_of_connections() {
     on_host(|world| async move {
         let net = world.open("a").await;
