@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Builds a base image from Debian packages and puts it into the image store. Does nothing when it is there already.
 #
-#   scripts/setup-rootfs.sh [NAME] [--packages a,b] [--upgrade]
+#   scripts/setup-rootfs.sh [NAME] [--packages a,b | --only-packages a,b] [--files DIR] [--upgrade]
 #     NAME           the image's name; default debian
 #     --packages a,b Debian packages besides the usual ones
+#     --only-packages a,b  these instead of the usual ones
+#     --files DIR    a tree that is laid over that of the packages, owned by root
 #     --upgrade      build it anew, with today's packages
 # Mirrors, proxies and keys are those of this machine's own apt configuration; only its Debian suites are used.
 # CLAWPOT_IMAGE_DIR names another store than assets/.
@@ -23,6 +25,12 @@ left_out=('/usr/share/man/*' '/usr/share/doc/*' '/usr/share/info/*' '/usr/share/
 filesystem_uuid=c1a4b07e-0000-4000-8000-000000000001
 
 store() { as_root /usr/bin/python3 "$repo/scripts/lib/imagestore.py" "$assets" "$@"; }
+
+# The tree to be laid over that of the packages.
+files=""
+
+# Names and contents of the files in it, and nothing else: of a work tree neither owners nor times mean anything.
+files_digest() { (cd -- "$files" && find . -type f -print0 | sort -z | xargs -0 sha256sum) | sha256sum | cut -c1-16; }
 
 # When the packages were published: the newest Date of the Release files. Files get no newer time than that.
 publication_time() {
@@ -45,6 +53,7 @@ build_tree() {
   # it Python writes byte code that is checked against a hash of its source, which doubles the time of every import.
   as_root env -u SOURCE_DATE_EPOCH PATH=/usr/sbin:/usr/bin:/sbin:/bin TMPDIR="$scratch" unshare --mount --propagation private \
     mmdebstrap "${options[@]}" "$release" "$scratch/root" "$scratch/sources.list"
+  if [[ -n $files ]]; then as_root cp -R --no-preserve=all -- "$files/." "$scratch/root/"; fi
   as_root "$repo/scripts/lib/rootfs-finish.sh" "$scratch/root" "$(publication_time)"
 }
 
@@ -95,9 +104,18 @@ main() {
         packages+=,${2:?--packages needs a list}
         shift
         ;;
+      --only-packages)
+        packages=${2:?--only-packages needs a list}
+        shift
+        ;;
+      --files)
+        files=${2:?--files needs a directory}
+        [[ -d $files ]] || die "--files $files: no such directory"
+        shift
+        ;;
       --upgrade) upgrade=yes ;;
       -h | --help)
-        sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
       -*) die "unknown argument: $1" "see --help" ;;
@@ -114,6 +132,7 @@ main() {
   flock 9
   release=$(codename)
   inputs="$release $packages $(cat "$repo/scripts/setup-rootfs.sh" "$repo/scripts/lib/debian.sh" "$repo/scripts/lib/rootfs-finish.sh" | sha256sum | cut -c1-16)"
+  if [[ -n $files ]]; then inputs+=" $(files_digest)"; fi
   if [[ -z $upgrade ]] && store has-image "$name" "$inputs"; then
     say "✓ image $name is there and whole"
     return

@@ -71,7 +71,7 @@ async fn serve_host(mut booted: Booted, started: std::time::Duration) -> Result<
     };
     let ending = async {
         match stops.recv().await {
-            Some(stop) => shutdown::run(stop, &execs, &booted.disk).await,
+            Some(stop) => shutdown::run(stop, &execs, &booted.volumes, &booted.disk).await,
             None => std::io::Error::other("nobody can ask for the end any more"),
         }
     };

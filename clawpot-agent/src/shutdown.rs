@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::mount::{MountFlags, mount_remount};
 use rustix::system::{RebootCommand, reboot};
 
+use crate::boot::Volume;
 use crate::console::say;
 use crate::exec::Shared;
 
@@ -35,10 +36,10 @@ impl Stop {
     }
 }
 
-/// Ends all processes in order, makes the disk clean and stops the machine. Only as PID 1.
+/// Ends all processes in order, makes the disks clean and stops the machine. Only as PID 1.
 ///
 /// The caller keeps serving meanwhile: output of the last moments still leaves. `disk` is the root of the VM's disk.
-pub async fn run(stop: Stop, execs: &Shared, disk: &OwnedFd) -> io::Error {
+pub async fn run(stop: Stop, execs: &Shared, volumes: &[Volume], disk: &OwnedFd) -> io::Error {
     tokio::time::sleep(ANSWER).await;
     let busy = !matches!(execs.cgroups.is_empty(), Ok(true));
     // Everyone but us. Whoever is stopped must run to hear it.
@@ -55,18 +56,18 @@ pub async fn run(stop: Stop, execs: &Shared, disk: &OwnedFd) -> io::Error {
     if busy {
         tokio::time::sleep(LAST_WORDS).await;
     }
-    finish(disk)
+    finish(volumes, disk)
 }
 
-/// Makes the disk clean and stops the machine. Comes back only with why it could not.
-pub fn finish(disk: &OwnedFd) -> io::Error {
+/// Makes the disks clean and stops the machine. Comes back only with why it could not.
+pub fn finish(volumes: &[Volume], disk: &OwnedFd) -> io::Error {
     rustix::fs::sync();
     // The overlay first: it writes to the disk.
-    for (what, path) in [("root", "/".to_owned()), ("disk", format!("/proc/self/fd/{}", disk.as_raw_fd()))] {
+    let held = |root: &OwnedFd| format!("/proc/self/fd/{}", root.as_raw_fd());
+    let volumes = volumes.iter().map(|volume| (volume.path.as_str(), held(&volume.root)));
+    for (what, path) in volumes.chain([("root", "/".to_owned()), ("disk", held(disk))]) {
         if let Err(errno) = mount_remount(&path, MountFlags::RDONLY, "") {
-            say(format_args!(
-                "stopping: making the {what} read-only: {errno}; its journal is replayed at the next start"
-            ));
+            say(format_args!("stopping: making {what} read-only: {errno}; its journal is replayed at the next start"));
         }
     }
     end()

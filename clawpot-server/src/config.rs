@@ -28,6 +28,9 @@ pub struct Options {
     /// What stays free of images on their filesystem, MiB [default: 1024]
     #[arg(long, global = true, env = "CLAWPOT_IMAGE_RESERVE_MIB", value_name = "MIB")]
     pub image_reserve_mib: Option<u64>,
+    /// Files, directories and links that an image may have, in all its layers [default: 800000]
+    #[arg(long, global = true, env = "CLAWPOT_IMAGE_MAX_ENTRIES", value_name = "N")]
+    pub image_max_entries: Option<u64>,
     /// Unix socket of the API [default: /run/clawpot/api.sock, with another state directory <state-dir>/api.sock]
     #[arg(long, global = true, env = "CLAWPOT_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,
@@ -174,6 +177,7 @@ fn overlay(over: Options, under: Options) -> Options {
         image_dir: over.image_dir.or(under.image_dir),
         image_quota_mib: over.image_quota_mib.or(under.image_quota_mib),
         image_reserve_mib: over.image_reserve_mib.or(under.image_reserve_mib),
+        image_max_entries: over.image_max_entries.or(under.image_max_entries),
         socket: over.socket.or(under.socket),
         metrics_socket: over.metrics_socket.or(under.metrics_socket),
         group: over.group.or(under.group),
@@ -201,7 +205,7 @@ fn overlay(over: Options, under: Options) -> Options {
     }
 }
 
-fn image_room(quota: Option<u64>, reserve: Option<u64>) -> Result<clawpot_image::Room> {
+fn image_room(quota: Option<u64>, reserve: Option<u64>, entries: Option<u64>) -> Result<clawpot_image::Room> {
     let bytes = |mib: u64, field: &str| {
         let none = || Error::new(Kind::InvalidArgument, format!("{field}: {mib} MiB is more than there is"));
         MiB(mib).bytes().ok_or_else(none)
@@ -210,6 +214,7 @@ fn image_room(quota: Option<u64>, reserve: Option<u64>) -> Result<clawpot_image:
     Ok(clawpot_image::Room {
         quota: quota.map(|mib| bytes(mib, "image_quota_mib")).transpose()?,
         reserve: reserve.map_or(Ok(usual.reserve), |mib| bytes(mib, "image_reserve_mib"))?,
+        entries: entries.map_or(Ok(usual.entries), clawpot_image::Room::entries)?,
     })
 }
 
@@ -240,7 +245,7 @@ fn resolve(options: Options) -> Result<Config> {
     )?;
     Ok(Config {
         image_dir: options.image_dir.unwrap_or_else(|| state_dir.join("images")),
-        image_room: image_room(options.image_quota_mib, options.image_reserve_mib)?,
+        image_room: image_room(options.image_quota_mib, options.image_reserve_mib, options.image_max_entries)?,
         state_dir,
         socket,
         metrics_socket,

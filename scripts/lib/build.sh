@@ -15,6 +15,14 @@ build_mortal() {
   build_programs
 }
 
+# The builder's image, and a client of its protocol made of the published crate `mvm-guest`: $bin_dir/clawpot-mvm-client. That
+# crate's dependencies are in a workspace and a target directory of their own. Only tests need either.
+prepare_builder_tests() {
+  cargo_run build --locked --target-dir "$target/mvm-client" --manifest-path "$repo/tests/mvm-client/Cargo.toml"
+  install -D -m 755 "$target/mvm-client/debug/clawpot-mvm-client" "$bin_dir/clawpot-mvm-client"
+  "$repo/scripts/setup-builder.sh"
+}
+
 # Packages, programs, kernel, initramfs and the debian image; only what is not there yet.
 prepare_host() {
   need_packages "${build_needs[@]}" "${image_needs[@]}" "${run_needs[@]}"

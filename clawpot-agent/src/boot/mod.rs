@@ -1,7 +1,8 @@
 //! From the kernel's first process in the initramfs to a root file system with network and identity.
 //!
-//! In order: [`cmdline`] what the host says → [`modules`] drivers → [`devices`] the two disks → [`mounts`] the overlay as
-//! root → [`identity`] names → [`network`] addresses. Whatever fails ends the boot with one line on the console.
+//! In order: [`cmdline`] what the host says → [`modules`] drivers → [`devices`] the disks → [`mounts`] the overlay as root →
+//! [`volumes`] extra disks at their places → [`identity`] names → [`network`] addresses. Whatever fails ends the boot with one
+//! line on the console.
 
 pub mod cmdline;
 pub mod devices;
@@ -9,12 +10,14 @@ pub mod identity;
 pub mod modules;
 pub mod mounts;
 pub mod network;
+pub mod volumes;
 
 use std::fmt::Display;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use clawpot_types::GuestPath;
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::console::say;
@@ -53,11 +56,21 @@ pub struct Booted {
     pub commands: CommandLine,
     /// Root of the VM's disk, which has no path any more.
     pub disk: OwnedFd,
+    /// Extra disks that are written to, in the order in which they are made clean at the end.
+    pub volumes: Vec<Volume>,
     /// Name of the management NIC; only under [`Transport::Tcp`].
     pub management: Option<String>,
     pub rootfs_ready: Duration,
     /// What took how long, for the console.
     pub phases: Phases,
+}
+
+/// An extra disk that is written to.
+#[derive(Debug)]
+pub struct Volume {
+    pub path: GuestPath,
+    /// Of its root directory.
+    pub root: OwnedFd,
 }
 
 /// Durations since the kernel's start at the end of each phase.
@@ -92,8 +105,10 @@ pub fn boot() -> Result<Booted, BootError> {
     modules::load(&commands)?;
     phases.reached("modules");
     devices::wait_for(clawpot_types::guest::IMAGE_DEVICE)?;
-    devices::wait_for(clawpot_types::guest::DISK_DEVICE)?;
-    let (disk, fresh) = mounts::root_file_system()?;
+    let extra = commands.mounts.iter().map(|mount| &mount.device);
+    extra.chain([&commands.disk]).try_for_each(|device| devices::wait_for(device))?;
+    let (disk, fresh) = mounts::root_file_system(&commands.disk)?;
+    let volumes = volumes::mount(&commands.mounts)?;
     let rootfs_ready = phases.reached("rootfs");
     identity::set(&commands.hostname, &commands.vm, &fresh)?;
     network::loopback()?;
@@ -104,7 +119,7 @@ pub fn boot() -> Result<Booted, BootError> {
     };
     raise_file_limit();
     phases.reached("network");
-    Ok(Booted { commands, disk, management, rootfs_ready, phases })
+    Ok(Booted { commands, disk, volumes, management, rootfs_ready, phases })
 }
 
 /// Fewer files than wished for still serve.

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt, symlink};
 use std::path::Path;
 
-use clawpot_types::guest::{DISK_DEVICE, IMAGE_DEVICE};
+use clawpot_types::guest::IMAGE_DEVICE;
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, mount, mount_move};
 
@@ -33,9 +33,9 @@ pub fn kernel_file_systems() -> Result<(), BootError> {
 /// Files of [`identity::FILES`] that the VM's own disk has none of: they come from the image, or are not there.
 pub type Fresh = Vec<&'static str>;
 
-/// Mounts image and disk, one over the other, makes that the root and mounts the rest.
+/// Mounts image and disk (`device`), one over the other, makes that the root and mounts the rest.
 /// The disk's root directory is kept open: it has no path afterwards.
-pub fn root_file_system() -> Result<(OwnedFd, Fresh), BootError> {
+pub fn root_file_system(device: &str) -> Result<(OwnedFd, Fresh), BootError> {
     let format =
         format_of_device(IMAGE_DEVICE.as_ref()).doing(format_args!("recognising the file system of {IMAGE_DEVICE}"))?;
     if format == "erofs" {
@@ -44,15 +44,14 @@ pub fn root_file_system() -> Result<(OwnedFd, Fresh), BootError> {
     modules::drop_files();
     put(IMAGE_DEVICE, IMAGE, format, MountFlags::RDONLY, c"")?;
     // Tables of a fresh disk are not written in the background: the host's file stays as small as what is in it.
-    put(DISK_DEVICE, DISK, "ext4", MountFlags::empty(), c"noinit_itable")?;
+    put(device, DISK, "ext4", MountFlags::empty(), c"noinit_itable")?;
     directory("/disk/upper", 0o755)?;
     directory("/disk/work", 0o755)?;
     let fresh = identity::FILES.into_iter().filter(|file| is_absent(&Path::new("/disk/upper").join(file))).collect();
     // redirect_dir: a directory of the image can be renamed, as on any disk. Nobody but this guest ever mounts this upper.
     let layers = c"lowerdir=/image,upperdir=/disk/upper,workdir=/disk/work,redirect_dir=on";
     put("overlay", ROOT, "overlay", MountFlags::empty(), layers)?;
-    let disk = rustix::fs::open(DISK, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .doing(format_args!("opening {DISK}"))?;
+    let disk = open_root(DISK)?;
     for file_system in ["/proc", "/sys", "/dev"] {
         let target = format!("{ROOT}{file_system}");
         directory(&target, 0o755)?;
@@ -61,6 +60,11 @@ pub fn root_file_system() -> Result<(OwnedFd, Fresh), BootError> {
     switch_root()?;
     runtime_file_systems()?;
     Ok((disk, fresh))
+}
+
+pub(super) fn open_root(path: &str) -> Result<OwnedFd, BootError> {
+    rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .doing(format_args!("opening {path}"))
 }
 
 /// pivot_root does not work on an initramfs: the new root is moved over it instead.

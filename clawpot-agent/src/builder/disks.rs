@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::config::{Config, Device, Place};
@@ -76,12 +78,11 @@ fn unmount_place(place: &Place) -> Result<(), Failure> {
 }
 
 fn is_mount_point(path: &Path) -> io::Result<bool> {
-    let metadata = match std::fs::metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        metadata => metadata?,
-    };
-    let parent = path.parent().unwrap_or(path);
-    Ok(std::fs::metadata(parent)?.dev() != metadata.dev())
+    match statx(CWD, path, AtFlags::NO_AUTOMOUNT, StatxFlags::TYPE) {
+        Ok(found) => Ok(found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)),
+        Err(Errno::NOENT) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// It is there, and not the disk that this machine runs on: the host attached nothing then.

@@ -66,7 +66,7 @@ fn vm_spec(spec: v1::VmSpec, settings: &Settings) -> Result<VmSpec> {
             return Err(bad(path, "contains a NUL byte".to_owned()));
         }
     }
-    Ok(VmSpec { image, vcpus, memory, disk, env, cwd: spec.cwd, user: spec.user })
+    Ok(VmSpec { image, vcpus, memory, disk, env, cwd: spec.cwd, user: spec.user, extra_disks: Vec::new() })
 }
 
 fn env(vars: Vec<v1::EnvVar>) -> Result<Vec<(String, String)>> {

@@ -3,16 +3,18 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 
 use clawpot_types::{
-    Digest, Error, Generation, ImageRef, Incarnation, Kind, Label, MiB, Millis, Slot, Timestamp, Vcpus, VmId, VmName,
+    Digest, Error, Generation, GuestPath, ImageRef, Incarnation, Kind, Label, MiB, Millis, Slot, Timestamp, Vcpus,
+    VmId, VmName, VolumeName,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::{Exit, Phase, Restart};
 
 /// Version of the record's JSON that this build writes. Newer is refused, older migrated.
-pub const RECORD_VERSION: u32 = 2;
+pub const RECORD_VERSION: u32 = 3;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmRecord {
@@ -69,6 +71,25 @@ pub struct VmSpec {
     pub env: Vec<(String, String)>,
     pub cwd: String,
     pub user: String,
+    /// Disks beside its own, in the order in which the guest numbers them.
+    pub extra_disks: Vec<ExtraDisk>,
+}
+
+/// A disk that outlives the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExtraDisk {
+    pub source: DiskSource,
+    pub read_only: bool,
+    /// Where the guest mounts it; `None`: a block device, left as it is.
+    pub mount: Option<GuestPath>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskSource {
+    Volume(VolumeName),
+    /// One that the server itself keeps below its state directory; no client can ask for it.
+    File(PathBuf),
 }
 
 /// The image as it was when the VM was accepted, whatever its name means later.
@@ -208,7 +229,7 @@ impl VmRecord {
 type Fields = serde_json::Map<String, serde_json::Value>;
 
 /// Entry n takes a record of version n + 1 to n + 2. Never edit one that was released.
-const MIGRATIONS: [fn(&mut Fields); 1] = [to_2];
+const MIGRATIONS: [fn(&mut Fields); 2] = [to_2, to_3];
 
 /// Version 2 knows who asked, how it ended, whether it is started again, and how long it lives.
 fn to_2(fields: &mut Fields) {
@@ -218,4 +239,11 @@ fn to_2(fields: &mut Fields) {
     fields.insert("restart".to_owned(), serde_json::json!({ "policy": "never", "attempts": 0, "at": null }));
     fields.insert("ttl".to_owned(), Value::Null);
     fields.insert("expires_at".to_owned(), Value::Null);
+}
+
+/// Version 3 has extra disks.
+fn to_3(fields: &mut Fields) {
+    if let Some(spec) = fields.get_mut("spec").and_then(serde_json::Value::as_object_mut) {
+        spec.insert("extra_disks".to_owned(), serde_json::json!([]));
+    }
 }

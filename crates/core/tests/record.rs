@@ -5,7 +5,9 @@
 mod support;
 
 use clawpot_core::record::{Failure, RECORD_VERSION, VmmChoice};
-use clawpot_core::{Exit, MachineId, Phase, Reason, Restart, RestartPolicy, Timing, VmRecord, VmmKind};
+use clawpot_core::{
+    DiskSource, Exit, ExtraDisk, MachineId, Phase, Reason, Restart, RestartPolicy, Timing, VmRecord, VmmKind,
+};
 use clawpot_types::{Generation, Incarnation, Kind, Millis, Timestamp};
 
 /// Every field holds something.
@@ -13,6 +15,15 @@ fn full() -> VmRecord {
     let mut record = support::record();
     record.labels.insert("team".parse().unwrap(), "blue sky".parse().unwrap());
     record.spec.env = vec![("LANG".to_owned(), "C.UTF-8".to_owned())];
+    let disk = |source, mount: Option<&str>| ExtraDisk {
+        source,
+        read_only: mount.is_some(),
+        mount: mount.map(|path| path.parse().unwrap()),
+    };
+    record.spec.extra_disks = vec![
+        disk(DiskSource::Volume("db".parse().unwrap()), Some("/srv/db")),
+        disk(DiskSource::File("/state/builds/out".into()), None),
+    ];
     record.generation = Generation(3);
     record.incarnation = Incarnation(2);
     record.phase = Phase::Failed;
@@ -61,8 +72,9 @@ fn it_is_written_like_this() {
 #[test]
 fn version_1_is_read() {
     let record = VmRecord::decode(include_bytes!("fixtures/record-1.json")).unwrap();
-    // What it did not know: who asked, how it ended, that it is started again or ends.
+    // What it did not know: other disks, who asked, how it ended, that it is started again or ends.
     let mut expected = full();
+    expected.spec.extra_disks.clear();
     expected.intent_by = "unknown".to_owned();
     expected.exit = None;
     expected.restart = Restart::new(RestartPolicy::Never);
@@ -76,7 +88,16 @@ fn version_1_is_read() {
 /// Version 2, likewise.
 #[test]
 fn version_2_is_read() {
-    assert_eq!(VmRecord::decode(include_bytes!("fixtures/record-2.json")).unwrap(), full());
+    let mut expected = full();
+    // What it did not know.
+    expected.spec.extra_disks.clear();
+    assert_eq!(VmRecord::decode(include_bytes!("fixtures/record-2.json")).unwrap(), expected);
+}
+
+/// Version 3, likewise.
+#[test]
+fn version_3_is_read() {
+    assert_eq!(VmRecord::decode(include_bytes!("fixtures/record-3.json")).unwrap(), full());
 }
 
 #[test]

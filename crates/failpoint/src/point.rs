@@ -42,6 +42,8 @@ points! {
     JailLinked = "vmm.files_linked",
     JailDiskGiven = "vmm.disk_given",
     JailDiskLinked = "vmm.disk_linked",
+    /// An extra disk.
+    JailAttached = "vmm.extra_disk_linked",
     JailConsoleMade = "vmm.console_made",
     JailComplete = "vmm.jail_complete",
     VmmGrouped = "vmm.grouped",

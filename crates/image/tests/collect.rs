@@ -187,7 +187,7 @@ async fn the_other_process() {
         local.ensure(&pin).await.unwrap();
         return;
     }
-    let room = clawpot_image::Room { quota: None, reserve: 0 };
+    let room = clawpot_image::Room { reserve: 0, ..clawpot_image::Room::default() };
     let library = local.library(std::path::Path::new(env!("CARGO_BIN_EXE_clawpot-unpack")), room);
     let mut live: BTreeSet<Digest> = BTreeSet::new();
     for round in 0..12 {

@@ -6,8 +6,11 @@
 mod common;
 
 use clawpot_core::ports::ImageLibrary as _;
-use clawpot_types::Kind;
+use clawpot_image::Room;
+use clawpot_types::{Digest, Kind};
 use common::{Entry, FILE, Host, Layout, Tar, debugfs, digest, gzip, import, named};
+use sha2::Digest as _;
+use std::io::Write as _;
 use tar::EntryType;
 
 const SPARSE: usize = 8 << 20;
@@ -340,10 +343,10 @@ async fn limits_are_the_images_and_the_disks() {
     let host = Host::new();
     let mib =
         |count: usize| Tar::default().file("a", &(0..=250_u8).cycle().take(count << 20).collect::<Vec<_>>()).end();
-    let room = clawpot_image::Room { quota: Some(4 << 20), reserve: 0 };
+    let room = Room { quota: Some(4 << 20), reserve: 0, ..Room::default() };
     let error = import(&host.library_with(room), Layout::new([mib(8)]).tar(), "big").await.unwrap_err();
     assert_eq!(error.kind(), Kind::Exhausted, "{}", error.chain());
-    let room = clawpot_image::Room { quota: None, reserve: u64::MAX / 2 };
+    let room = Room { reserve: u64::MAX / 2, ..Room::default() };
     let error = import(&host.library_with(room), Layout::new([mib(1)]).tar(), "big").await.unwrap_err();
     assert!(error.kind() == Kind::Exhausted && error.chain().contains("stay free"), "{}", error.chain());
     assert_eq!(host.files(), Vec::<String>::new());
@@ -351,10 +354,92 @@ async fn limits_are_the_images_and_the_disks() {
     let unpacking = host.images().join("cache/unpack-x/tree");
     std::fs::create_dir_all(&unpacking).unwrap();
     std::io::copy(&mut [1; 24 << 20].as_slice(), &mut std::fs::File::create(unpacking.join("file")).unwrap()).unwrap();
-    let room = clawpot_image::Room { quota: Some(40 << 20), reserve: 0 };
+    let room = Room { quota: Some(40 << 20), reserve: 0, ..Room::default() };
     let small = || Layout::new([Tar::default().file("a", b"a").end()]).tar();
     let error = import(&host.library_with(room), small(), "small").await.unwrap_err();
     assert!(error.chain().contains("24 of the quota's 40 MiB are used"), "{}", error.chain());
     std::fs::remove_dir_all(host.images().join("cache/unpack-x")).unwrap();
     import(&host.library_with(room), small(), "small").await.unwrap();
+}
+
+/// A layer of `count` entries, some of each kind: packed, and its digest unpacked. It is never whole in memory.
+fn many(count: usize) -> (Vec<u8>, Digest) {
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    let mut hasher = sha2::Sha256::new();
+    let entry = |number: usize| {
+        let (dir, file) = (format!("d{}/", number / 1000), format!("d{}/{number}", number / 1000));
+        match number % 1000 {
+            0 => Tar::default().dir(&dir),
+            1 => Tar::default().symlink(&file, "x"),
+            2 => Tar::default().hard_link(&file, &format!("d{}/{}", number / 1000, number - 1)),
+            _ => Tar::default().file(&file, b""),
+        }
+    };
+    for bytes in (0..count).map(|number| entry(number).0).chain([Tar::default().end()]) {
+        packed.write_all(&bytes).unwrap();
+        hasher.update(&bytes);
+    }
+    (packed.finish().unwrap(), Digest::from_sha256(&hasher.finalize().into()))
+}
+
+/// A layout of one such layer.
+fn layout_of_many(count: usize) -> Vec<u8> {
+    let (packed, diff_id) = many(count);
+    Layout { layers: vec![(packed, Vec::new())], diff_lie: Some(diff_id), ..Layout::new([]) }.tar()
+}
+
+#[tokio::test]
+async fn one_entry_too_many_is_refused_and_leaves_nothing() {
+    let host = Host::new();
+    let library = host.library_with(Room { reserve: 0, entries: 250, ..Room::default() });
+    let error = import(&library, layout_of_many(251), "many").await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Exhausted, "{}", error.chain());
+    assert!(error.chain().contains("more than 250 entries"), "{}", error.chain());
+    assert!(error.next_step().is_some_and(|hint| hint.contains("--image-max-entries")));
+    assert_eq!(host.files(), Vec::<String>::new());
+    let image = import(&library, layout_of_many(250), "many").await.unwrap();
+    assert!(debugfs(&host, &image, "stat /d0/249").await.contains("Type: regular"));
+    assert!(Room::entries(0).is_err() && Room::entries(5_000_000).is_err() && Room::entries(1_000_000).is_ok());
+}
+
+/// The real limit, by command, in a directory of its own as ext4 is slow to take inodes again that were just freed:
+/// `cargo nextest run --release -p clawpot-image --run-ignored only -E 'test(real_limit)' --no-capture`
+#[tokio::test]
+#[ignore = "a minute, and 800,000 inodes of the disk"]
+async fn the_real_limit_just_met() {
+    let host = Host::new();
+    let most = layout_of_many(800_000);
+    let begun = std::time::Instant::now();
+    let image = import(&host.library(), most, "most").await.unwrap();
+    let (took, mib) = (begun.elapsed().as_secs(), image.info.size_bytes >> 20);
+    println!(
+        "800,000 entries: {took} s, an image of {mib} MiB, most memory of a helper {} MiB",
+        children_most_kib() >> 10
+    );
+    assert!(debugfs(&host, &image, "stat /d799/799999").await.contains("Type: regular"));
+}
+
+#[tokio::test]
+#[ignore = "a minute, and 800,000 inodes of the disk"]
+async fn the_real_limit_by_a_million() {
+    let host = Host::new();
+    let million = layout_of_many(1_000_000);
+    let begun = std::time::Instant::now();
+    let error = import(&host.library(), million, "million").await.unwrap_err();
+    println!(
+        "1,000,000 entries: {} s, most memory of a helper {} MiB",
+        begun.elapsed().as_secs(),
+        children_most_kib() >> 10
+    );
+    assert!(error.chain().contains("more than 800000 entries"), "{}", error.chain());
+    assert_eq!(host.files(), Vec::<String>::new());
+}
+
+/// The largest resident size that a child which has ended has had, KiB.
+fn children_most_kib() -> i64 {
+    // SAFETY: a plain old structure of numbers, which the call fills.
+    let mut usage = unsafe { std::mem::zeroed::<libc::rusage>() };
+    // SAFETY: writes to the structure and nothing else.
+    assert_eq!(unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, &raw mut usage) }, 0);
+    usage.ru_maxrss
 }

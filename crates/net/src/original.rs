@@ -54,6 +54,11 @@ impl Original {
         }
     }
 
+    /// The next slot's are compiled by `nft` once more, and copied again.
+    pub(crate) fn compile_again(&self) {
+        *self.lock() = Compiled::NotYet;
+    }
+
     pub(crate) fn refuse_copies(&self) {
         *self.lock() = Compiled::Refused;
     }

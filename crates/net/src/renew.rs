@@ -37,15 +37,13 @@ impl Known {
     }
 }
 
-/// Looks at each slot in use once for each change of the rules. Waits until a slot was made with them: what the kernel makes
-/// of rules is not known earlier.
+/// Looks at each slot in use once for each change of the rules.
 pub(crate) async fn all(shop: &Arc<Workshop>) -> Result<()> {
     let original = shop.block(Workshop::original).await?;
-    let Some(compiled) = original.compiled() else { return Ok(()) };
     let mut first = None;
     for slot in shop.given() {
         if !shop.known.is(slot, original.digest)
-            && let Err(error) = one(shop, slot, &original, Arc::clone(&compiled)).await
+            && let Err(error) = one(shop, slot, &original).await
         {
             // The others do not wait for it; it is looked at again with the next look.
             first.get_or_insert(error.context(format!("network slot {slot}: bringing its rules up to date")));
@@ -54,19 +52,28 @@ pub(crate) async fn all(shop: &Arc<Workshop>) -> Result<()> {
     first.map_or(Ok(()), Err)
 }
 
-async fn one(shop: &Arc<Workshop>, slot: Slot, original: &Original, compiled: Arc<Ruleset>) -> Result<()> {
+async fn one(shop: &Arc<Workshop>, slot: Slot, original: &Original) -> Result<()> {
     // Otherwise the next look does it.
     let Some(_turn) = shop.turn_if_free(slot) else { return Ok(()) };
     if !shop.may_talk(slot)? {
         return Ok(());
     }
     let path = shop.site.netns(slot);
-    let look = move || Ok(Ruleset::read(&mut Netlink::netfilter()?)? == *compiled);
-    if !in_netns_async(path.clone(), look).await? {
+    let read = || in_netns_async(path.clone(), || Ruleset::read(&mut Netlink::netfilter()?));
+    let compiled = original.compiled();
+    let is_todays = match &compiled {
+        Some(compiled) => read().await? == **compiled,
+        // Nothing to compare with: no slot was made yet, or this kernel takes no copies.
+        None => false,
+    };
+    if !is_todays {
         tracing::info!(%slot, "a slot in use gets the rules of today");
         let rules = rules::slot::instead(&original.rules);
         let what = format!("network slot {slot}: renewing its rules");
         shop.nft.run(&rules, Some(netns::open(&path)?), &what).await?;
+        if compiled.is_none() {
+            original.keep(read().await?);
+        }
     }
     shop.known.set(slot, original.digest);
     Ok(())

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 use crate::forget::Forgetting;
 use crate::kernel::netlink::Netlink;
 use crate::kernel::netns;
-use crate::kernel::nfnetlink::Ruleset;
+use crate::kernel::nfnetlink::{Copied, Ruleset};
 use crate::kernel::nft::Nft;
 use crate::mark::{Mark, RulesDigest, Standing};
 use crate::original::{Original, Originals};
@@ -22,8 +22,9 @@ use crate::table::HostTable;
 /// Slots made or removed at a time: the kernel's lock on all links lets them pass one by one anyway.
 const AT_ONCE: usize = 4;
 
-/// A veth goes 4–30 ms after its namespace's name, a second later when hundreds go at once; after this somebody must be
-/// holding it. Removing one by hand takes 30 ms during which nobody else changes a link, so it is the last resort.
+/// A veth goes 4–30 ms after its namespace's name, seconds later when hundreds go at once; after this somebody may be
+/// holding it. Removing one by hand takes 30 ms during which nobody else changes a link, so it is the last resort, and done
+/// to one at a time: most of the others are gone when their turn comes.
 const LINK_GOES_BY_ITSELF: Duration = Duration::from_secs(2);
 /// And this long after its name it is an error.
 const LINK_GOES: Duration = Duration::from_secs(30);
@@ -36,18 +37,19 @@ pub(crate) struct Workshop {
     pub(crate) steps: Steps,
     originals: Originals,
     pub(crate) known: Known,
-    forgetting: Forgetting,
+    pub(crate) forgetting: Forgetting,
     standing: Mutex<Vec<Standing>>,
     locks: Vec<Arc<tokio::sync::Mutex<()>>>,
     hands: Semaphore,
+    by_hand: tokio::sync::Mutex<()>,
 }
 
 /// How a slot came by its rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Loaded {
     Whole,
-    /// The kernel did not take a copy; the slot is to be made again, which `nft` does.
-    Refused,
+    /// No copy came about; the slot is to be made again, for which `nft` will compile.
+    Not,
 }
 
 /// Holder of a slot's lock.
@@ -68,6 +70,7 @@ impl Workshop {
             standing: Mutex::new(standing),
             locks,
             hands: Semaphore::new(AT_ONCE),
+            by_hand: tokio::sync::Mutex::default(),
         }
     }
 
@@ -175,7 +178,7 @@ impl Workshop {
         if self.standing(slot) != Standing::Absent {
             self.remove(slot, turn).await?;
         }
-        if let Loaded::Refused = self.try_make(slot).await? {
+        if let Loaded::Not = self.try_make(slot).await? {
             self.remove(slot, turn).await?;
             self.try_make(slot).await?;
         }
@@ -192,8 +195,8 @@ impl Workshop {
             })
             .await
             .map_err(|error| error.context(format!("network slot {slot}: making its namespace and links")))?;
-        if let Loaded::Refused = self.load_rules(slot, &original, inside).await? {
-            return Ok(Loaded::Refused);
+        if let Loaded::Not = self.load_rules(slot, &original, inside).await? {
+            return Ok(Loaded::Not);
         }
         self.steps.reached(Step::Rules)?;
         let digest = original.digest;
@@ -211,14 +214,18 @@ impl Workshop {
     /// Into a namespace that has none. `inside`: a netfilter socket of it.
     async fn load_rules(self: &Arc<Self>, slot: Slot, original: &Arc<Original>, mut inside: Netlink) -> Result<Loaded> {
         if let Some(compiled) = original.compiled() {
-            return Ok(match self.block(move |_| compiled.write(&mut inside)).await {
-                Ok(()) => Loaded::Whole,
-                Err(error) => {
+            match self.block(move |_| compiled.write(&mut inside)).await {
+                Ok(Copied::Whole) => return Ok(Loaded::Whole),
+                Ok(Copied::Refused(error)) => {
                     original.refuse_copies();
                     tracing::warn!(%slot, error = error.chain(), "slots' rules are loaded by nft from now on");
-                    Loaded::Refused
                 }
-            });
+                Err(error) => {
+                    original.compile_again();
+                    tracing::warn!(%slot, error = error.chain(), "a slot's rules could not be copied; nft loads them");
+                }
+            }
+            return Ok(Loaded::Not);
         }
         let netns = clawpot_host::netns::open(&self.site.netns(slot))?;
         let what = format!("network slot {slot}: loading its rules");
@@ -242,13 +249,14 @@ impl Workshop {
         self.known.forget(slot);
         // One that was only ready never said a word, so nobody has to forget any.
         if !matches!(before, Standing::Ready(_)) {
+            let on_the_way = self.forgetting.on_the_way().await;
             let hand = self.hand().await?;
             self.block(move |shop| shop.site.mark(slot, Mark::Used)).await?;
             self.steps.reached(Step::MarkedUsed)?;
             self.table.silence(&self.nft, &self.site, slot).await?;
             self.steps.reached(Step::Silenced)?;
             drop(hand);
-            self.forgetting.connections_of(self.site.block.slot_address(slot)).await?;
+            self.forgetting.connections_of(self.site.block.slot_address(slot), on_the_way).await?;
             self.steps.reached(Step::Forgotten)?;
         }
         self.block(move |shop| shop.site.unname(slot)).await?;
@@ -268,7 +276,6 @@ impl Workshop {
     /// The kernel takes namespaces apart in the background; until the veth is gone its name is not free.
     async fn wait_for_link(self: &Arc<Self>, slot: Slot) -> Result<()> {
         let start = Instant::now();
-        let mut pause = Duration::from_millis(1);
         let mut by_hand = false;
         while self.site.link_is_known(slot) {
             if start.elapsed() > LINK_GOES {
@@ -276,11 +283,13 @@ impl Workshop {
             }
             if !by_hand && start.elapsed() > LINK_GOES_BY_ITSELF {
                 by_hand = true;
-                let _hand = self.hand().await?;
-                self.block(move |shop| shop.site.delete_link(slot)).await?;
+                let _turn = self.by_hand.lock().await;
+                if self.site.link_is_known(slot) {
+                    self.block(move |shop| shop.site.delete_link(slot)).await?;
+                }
             }
-            sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_millis(8));
+            // A quarter late at most: a thousand that looked every few milliseconds would slow the kernel down.
+            sleep((start.elapsed() / 4).clamp(Duration::from_millis(1), Duration::from_millis(100))).await;
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ pub fn spec() -> VmSpec {
         env: vec![("LANG".to_owned(), "C.UTF-8".to_owned())],
         cwd: "/root".to_owned(),
         user: "root".to_owned(),
+        extra_disks: Vec::new(),
     }
 }
 

@@ -75,6 +75,10 @@ random_id!(
     VmId, 16, "VM id"
 );
 random_id!(
+    /// A volume, for ever: its file's name. Names may be used again, ids are not.
+    VolumeId, 16, "volume id"
+);
+random_id!(
     /// An exec, chosen by whoever starts it.
     ExecId, 16, "exec id"
 );

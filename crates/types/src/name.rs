@@ -52,6 +52,39 @@ impl FromStr for VmName {
     }
 }
 
+/// A volume's name: 1 to 63 of `[a-z0-9._-]`, a letter or digit first. Unique in its server.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VolumeName(String);
+
+impl VolumeName {
+    /// Longest name, characters.
+    pub const MAX: usize = 63;
+
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for VolumeName {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let is_alphanumeric = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        let fits = text.len() <= Self::MAX
+            && text.bytes().next().is_some_and(is_alphanumeric)
+            && text.bytes().all(|b| is_alphanumeric(b) || b"._-".contains(&b));
+        if fits {
+            return Ok(Self(text.to_owned()));
+        }
+        Err(Error::new(
+            Kind::InvalidArgument,
+            format!("volume {:?}: must be 1 to 63 of [a-z0-9._-] and start with a letter or digit", shown(text)),
+        ))
+    }
+}
+
 /// A label's key or value: at most 128 printable ASCII characters without `=` and `,`; a key is not empty.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -146,9 +179,15 @@ macro_rules! string_like {
         }
     )*};
 }
-string_like!(VmName, Label, ImageRef);
+string_like!(VmName, VolumeName, Label, ImageRef);
 
 impl fmt::Display for VmName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Display for VolumeName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -174,6 +213,16 @@ mod tests {
         }
         let long = "b".repeat(300).parse::<VmName>().unwrap_err().to_string();
         assert!(long.contains("(300 characters)") && long.len() < 250, "{long}");
+    }
+
+    #[test]
+    fn volume_names_are_plain() {
+        for good in ["a", "1", "db.main_2-old", &"a".repeat(63)] {
+            assert!(good.parse::<VolumeName>().is_ok(), "{good}");
+        }
+        for bad in ["", ".a", "-a", "A", "a/b", "a:b", "a b", "ä", &"a".repeat(64)] {
+            assert!(bad.parse::<VolumeName>().is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! The kernel's command line: what is the same for both VMMs, and who the guest is.
 
 use clawpot_core::ports::Machine;
-use clawpot_types::guest::{CMDLINE_HOSTNAME, CMDLINE_INCARNATION, CMDLINE_TRANSPORT, CMDLINE_VM};
+use clawpot_types::guest::{
+    CMDLINE_DISK, CMDLINE_HOSTNAME, CMDLINE_INCARNATION, CMDLINE_MOUNT, CMDLINE_TRANSPORT, CMDLINE_VM, disk_device,
+};
 
 /// How the host reaches the agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,11 +39,27 @@ const COMMON: &str = "console=ttyS0 loglevel=4 panic=-1 cryptomgr.notests random
 /// The whole line; `vmm` is one of this module's constants. Every part is of a checked type: nothing needs quoting.
 #[must_use]
 pub fn line(machine: &Machine, vmm: &str, transport: Transport) -> String {
-    format!(
+    let mut line = format!(
         "{COMMON} {vmm} {CMDLINE_VM}={} {CMDLINE_INCARNATION}={} {CMDLINE_HOSTNAME}={} {CMDLINE_TRANSPORT}={}",
         machine.id.vm,
         machine.id.incarnation,
         machine.name,
         transport.as_str()
-    )
+    );
+    line.extend(disks(machine));
+    line
+}
+
+/// Which disk is the VM's own, and where the others belong. Nothing where there are no others.
+fn disks(machine: &Machine) -> Vec<String> {
+    let attachments = &machine.attachments;
+    if attachments.is_empty() {
+        return Vec::new();
+    }
+    let own = format!(" {CMDLINE_DISK}={}", disk_device(attachments.len()));
+    let mounts = attachments.iter().enumerate().filter_map(|(index, disk)| {
+        let mode = if disk.read_only { "ro" } else { "rw" };
+        disk.mount.as_ref().map(|path| format!(" {CMDLINE_MOUNT}={}:{mode}:{path}", disk_device(index)))
+    });
+    std::iter::once(own).chain(mounts).collect()
 }

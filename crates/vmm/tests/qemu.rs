@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use clawpot_core::ports::{BootFiles, Console, GuestEndpoint, Machine, Vmm};
+use clawpot_core::ports::{Attachment, BootFiles, Console, GuestEndpoint, Machine, Vmm};
 use clawpot_core::{Fact, VmmEnd, VmmFact};
 use clawpot_host::process::{Tool, find_program};
 use clawpot_types::{Digest, MiB};
@@ -197,6 +197,82 @@ async fn a_guest_boots_is_adopted_and_dies() {
     qemu.exited(&machine.id).await;
     assert!(matches!(qemu.inspect(&machine.id).await, Fact::Present(VmmFact::Exited { .. })));
     (world.consoles, world.qemu) = (consoles, qemu);
+    world.end().await;
+}
+
+/// The guest finds each where it belongs, and the jail gives them back.
+#[tokio::test]
+async fn extra_disks_are_mounted_where_they_belong() {
+    let Some(mut world) = World::new().await else { return };
+    let Some(files) = boot_files(&world.place) else { return };
+    world.machine.files = files;
+    world.machine.memory = MiB(256);
+    format(&world.machine.disk).await;
+    for (name, read_only, mount) in [
+        ("raw", false, None),
+        ("inner", false, Some("/data/inner")),
+        ("ro", true, Some("/ro")),
+        ("data", false, Some("/data")),
+    ] {
+        let file = world.place.file(name);
+        format(&file).await;
+        let mount = mount.map(|path| path.parse().unwrap());
+        world.machine.attachments.push(Attachment { file, read_only, mount });
+    }
+    let machine = world.machine.clone();
+    world.qemu.prepare(&machine).await.unwrap();
+    let owner = |name: &str| {
+        let found = std::fs::metadata(world.place.file(name)).unwrap();
+        (found.uid(), found.mode() & 0o777)
+    };
+    assert_eq!((owner("data"), owner("ro")), ((machine.seat.uid, 0o600), (0, 0o444)));
+    world.qemu.start(&machine).await.unwrap();
+    let GuestEndpoint::Tcp { netns, address } = world.qemu.attach(&machine.id, &machine.seat).await.unwrap() else {
+        panic!("not TCP")
+    };
+    common::until("the agent", async || {
+        assert_eq!(world.qemu.inspect(&machine.id).await, RUNNING, "{}", world.tail().await);
+        clawpot_host::netns::connect_tcp_in(&netns, address, Duration::from_secs(1)).await.is_ok()
+    })
+    .await;
+    world.qemu.stop(&machine.id).await.unwrap();
+    world.qemu.exited(&machine.id).await;
+    // A kernel writes into the superblock where it mounted the disk.
+    for (name, want) in
+        [("raw", "<not available>"), ("inner", "/data/inner"), ("ro", "<not available>"), ("data", "/data")]
+    {
+        assert_eq!(mounted_on(&world.place.file(name)).await, want, "{name}");
+    }
+    assert_eq!(mounted_on(&machine.disk).await, "/disk");
+    world.qemu.destroy(&machine.id).await.unwrap();
+    let owners = ["raw", "inner", "ro", "data"].map(|name| std::fs::metadata(world.place.file(name)).unwrap().uid());
+    assert_eq!(owners, [0; 4]);
+    world.end().await;
+}
+
+async fn mounted_on(disk: &Path) -> String {
+    let said = Tool::new(find_program("dumpe2fs", None).unwrap()).args(["-h"]).args([disk]).run().await.unwrap();
+    let said = String::from_utf8(said).unwrap();
+    said.lines().find_map(|line| line.strip_prefix("Last mounted on:")).unwrap().trim().to_owned()
+}
+
+/// A program in the guest would else write beside it.
+#[tokio::test]
+async fn an_extra_disk_that_cannot_be_mounted_ends_the_boot() {
+    let Some(mut world) = World::new().await else { return };
+    let Some(files) = boot_files(&world.place) else { return };
+    world.machine.files = files;
+    world.machine.memory = MiB(256);
+    format(&world.machine.disk).await;
+    let file = world.place.file("empty");
+    File::create(&file).unwrap().set_len(64 << 20).unwrap();
+    world.machine.attachments = vec![Attachment { file, read_only: false, mount: Some("/data".parse().unwrap()) }];
+    let id = world.machine.id.clone();
+    world.qemu.prepare(&world.machine).await.unwrap();
+    world.qemu.start(&world.machine).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(60), world.qemu.exited(&id)).await.unwrap();
+    let said = world.tail().await;
+    assert!(said.contains("cannot go on: mounting /dev/vdb (ext4) on /data"), "{said}");
     world.end().await;
 }
 

@@ -2,8 +2,8 @@
 
 use clawpot_core::facts::GuestFact;
 use clawpot_core::plan::Step;
-use clawpot_core::ports::{Machine, Vmm};
-use clawpot_core::{Phase, VmRecord};
+use clawpot_core::ports::{Attachment, Machine, Vmm};
+use clawpot_core::{DiskSource, ExtraDisk, Phase, VmRecord};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Millis, Result};
 use tracing::info;
@@ -48,6 +48,7 @@ impl Runner {
             memory: record.spec.memory,
             files: self.deps.images.ensure(&record.image).await?,
             disk: self.deps.images.disk_path(&record.id),
+            attachments: attachments(record)?,
             seat: self.deps.net.seat(record.slot)?,
         })
     }
@@ -106,6 +107,19 @@ impl Runner {
         let link = self.lives.link(&record.id).filter(|link| link.machine == record.machine());
         link.ok_or_else(|| Error::new(Kind::Unavailable, "its guest is not attached"))
     }
+}
+
+fn attachments(record: &VmRecord) -> Result<Vec<Attachment>> {
+    let attach = |disk: &ExtraDisk| {
+        let file = match &disk.source {
+            DiskSource::File(path) => path.clone(),
+            DiskSource::Volume(name) => {
+                return Err(Error::new(Kind::Unsupported, format!("volume {name}: this server has no volumes yet")));
+            }
+        };
+        Ok(Attachment { file, read_only: disk.read_only, mount: disk.mount.clone() })
+    };
+    record.spec.extra_disks.iter().map(attach).collect()
 }
 
 const fn doing(step: Step) -> &'static str {

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use clawpot_core::admission::{Budget, Resource, Short};
 use clawpot_core::ports::{ImageConfig, TxnOutcome};
 use clawpot_core::record::RECORD_VERSION;
-use clawpot_core::{Desired, ImagePin, Phase, Restart, RestartPolicy, VmRecord, VmSpec};
+use clawpot_core::{Desired, DiskSource, ExtraDisk, ImagePin, Phase, Restart, RestartPolicy, VmRecord, VmSpec};
 use clawpot_failpoint::{self as failpoint, Point};
+use clawpot_types::guest::MAX_EXTRA_DISKS;
 use clawpot_types::{
     Error, Generation, ImageRef, Incarnation, Kind, Label, MiB, Millis, Result, Revision, Slot, Timestamp, VmId, VmName,
 };
@@ -39,10 +40,10 @@ pub struct Request {
 }
 
 /// Version of [`Request`]'s JSON. The first had no number.
-pub const REQUEST_VERSION: u32 = 2;
+pub const REQUEST_VERSION: u32 = 3;
 
 impl Request {
-    /// Reads a row of this version or the one before.
+    /// Reads a row of this version or an older one.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let corrupt =
             |error| Error::new(Kind::Corrupt, "request_id: what was asked before cannot be read").because(error);
@@ -52,6 +53,12 @@ impl Request {
         {
             body.insert("ttl".to_owned(), serde_json::Value::Null);
             body.insert("restart".to_owned(), "never".into());
+            row["version"] = 2.into();
+        }
+        if row["version"] == 2 {
+            if let Some(spec) = row.pointer_mut("/body/spec").and_then(serde_json::Value::as_object_mut) {
+                spec.insert("extra_disks".to_owned(), serde_json::json!([]));
+            }
             row["version"] = REQUEST_VERSION.into();
         }
         serde_json::from_value(row).map_err(corrupt)
@@ -214,9 +221,32 @@ fn check(body: &CreateVm) -> Result<()> {
     MiB::memory(body.spec.memory.0).map_err(|error| error.context("spec.memory_mib"))?;
     MiB::disk(body.spec.disk.0).map_err(|error| error.context("spec.disk_mib"))?;
     check_ttl(body.ttl)?;
+    check_disks(&body.spec.extra_disks)?;
     if body.remove_when_done && body.restart != RestartPolicy::Never {
         let what = "restart: a VM that is removed when done is not started again";
         return Err(Error::new(Kind::InvalidArgument, what).hint("leave out either --rm or --restart"));
+    }
+    Ok(())
+}
+
+fn check_disks(disks: &[ExtraDisk]) -> Result<()> {
+    let bad = |why: String| Err(Error::new(Kind::InvalidArgument, format!("spec.volumes: {why}")));
+    if disks.len() > MAX_EXTRA_DISKS {
+        return bad(format!("{} of them: a VM has at most {MAX_EXTRA_DISKS} disks beside its own", disks.len()));
+    }
+    for (index, disk) in disks.iter().enumerate() {
+        let earlier = &disks[..index];
+        if earlier.iter().any(|other| other.source == disk.source) {
+            return bad(match &disk.source {
+                DiskSource::Volume(name) => format!("volume {name} is there twice"),
+                DiskSource::File(path) => format!("disk {} is there twice", path.display()),
+            });
+        }
+        if let Some(path) =
+            disk.mount.as_ref().filter(|path| earlier.iter().any(|other| other.mount.as_ref() == Some(path)))
+        {
+            return bad(format!("{path} is there twice"));
+        }
     }
     Ok(())
 }

@@ -20,7 +20,7 @@ pub use net::{Net, Seat};
 pub use store::{
     Change, Durability, Entry, EventLog, Expect, Guard, Listing, Op, StateStore, Txn, TxnOutcome, Unreadable,
 };
-pub use vmm::{Capabilities, Console, Machine, Vmm};
+pub use vmm::{Attachment, Capabilities, Console, Machine, Vmm};
 
 use std::pin::Pin;
 

@@ -1,5 +1,5 @@
 use async_trait::async_trait;
-use clawpot_types::{MiB, Result, Vcpus, VmName};
+use clawpot_types::{GuestPath, MiB, Result, Vcpus, VmName};
 
 use super::{BootFiles, BoxStream, GuestEndpoint, Seat};
 use crate::record::VmmChoice;
@@ -84,5 +84,18 @@ pub struct Machine {
     pub files: BootFiles,
     /// The VM's writable disk.
     pub disk: std::path::PathBuf,
+    /// At most [`clawpot_types::guest::MAX_EXTRA_DISKS`]: `/dev/vdb`, `/dev/vdc`, …; the VM's own disk comes after them.
+    pub attachments: Vec<Attachment>,
     pub seat: Seat,
+}
+
+/// A disk that a machine has beside image and its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// On one file system with the jails. While a machine has it, it is the slot's user's where it may be written, and root's
+    /// where not; a driver gives it back to root when the machine is removed. Never in two machines where either may write.
+    pub file: std::path::PathBuf,
+    pub read_only: bool,
+    /// Where the agent mounts it (ext4). `None`: it is left as it is, a block device.
+    pub mount: Option<GuestPath>,
 }

@@ -26,6 +26,7 @@ pub fn record() -> VmRecord {
             env: Vec::new(),
             cwd: "/root".to_owned(),
             user: "root".to_owned(),
+            extra_disks: Vec::new(),
         },
         image: ImagePin { digest: Digest::from_sha256(&[0xab; 32]) },
         desired: Desired::Running,

@@ -71,7 +71,11 @@ impl Library {
     where
         S: futures_util::Stream<Item = Result<File>> + Send,
     {
-        let recipe = Recipe { limits: unpack::within(room / TREE_AND_IMAGE), uuid: oci::uuid(&image), time: 0 };
+        let recipe = Recipe {
+            limits: unpack::within(room / TREE_AND_IMAGE, self.room.entries),
+            uuid: oci::uuid(&image),
+            time: 0,
+        };
         let (feed, fed) = mpsc::channel(1);
         let meters: Vec<Meter> =
             image.layers.iter().map(|layer| teller.meter(layer.digest.as_str(), layer.size)).collect();

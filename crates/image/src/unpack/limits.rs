@@ -86,7 +86,8 @@ impl Budget {
         if self.entries <= self.limits.entries {
             return Ok(());
         }
-        Err(too_much(format!("the image has more than {} entries", self.limits.entries)))
+        Err(too_much(format!("the image has more than {} entries", self.limits.entries))
+            .hint("that is the limit of files, directories and links; see --image-max-entries"))
     }
 
     fn unpacked(&mut self, bytes: u64) -> Result<()> {

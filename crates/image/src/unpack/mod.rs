@@ -167,9 +167,9 @@ fn become_program(arguments: &[&str], environment: &[String]) -> Error {
     Error::io("executing mke2fs", std::io::Error::last_os_error()).hint("install the package e2fsprogs")
 }
 
-/// For the server, which sets the limit by what disk and quota leave.
+/// For the server, which sets the limits by what disk and quota leave, and by its settings.
 #[must_use]
-pub fn within(bytes: u64) -> Limits {
+pub fn within(bytes: u64, entries: u64) -> Limits {
     let usual = Limits::default();
-    Limits { bytes: usual.bytes.min(bytes), ..usual }
+    Limits { bytes: usual.bytes.min(bytes), entries, ..usual }
 }

@@ -183,7 +183,7 @@ impl Host {
     }
 
     pub fn library(&self) -> Library {
-        self.library_with(Room { quota: None, reserve: 0 })
+        self.library_with(Room { reserve: 0, ..Room::default() })
     }
 
     pub fn library_with(&self, room: Room) -> Library {

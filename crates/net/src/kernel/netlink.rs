@@ -27,6 +27,7 @@ const ACKNOWLEDGEMENT: usize = 256;
 /// A dump that others change meanwhile is asked for again, so often at most.
 const DUMP_TRIES: u32 = 20;
 
+#[derive(Debug)]
 pub(crate) struct Netlink {
     socket: Socket,
     sequence: u32,

@@ -4,6 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use clawpot_host::process::Tool;
 use clawpot_types::{Error, Kind, Result};
@@ -21,13 +22,16 @@ pub(crate) fn inet_table_exists(name: &str) -> Result<bool> {
 #[derive(Debug)]
 pub(crate) struct Nft {
     program: PathBuf,
+    /// Kept open between changes: one that is closed after a deletion waits until no CPU looks at what was deleted, some
+    /// 15 ms.
+    socket: Arc<Mutex<Option<Netlink>>>,
     runs: AtomicU64,
     transactions: AtomicU64,
 }
 
 impl Nft {
     pub(crate) fn new(program: PathBuf) -> Self {
-        Self { program, runs: AtomicU64::new(0), transactions: AtomicU64::new(0) }
+        Self { program, socket: Arc::default(), runs: AtomicU64::new(0), transactions: AtomicU64::new(0) }
     }
 
     /// In `netns`, or in the caller's own. About 4 ms.
@@ -46,9 +50,15 @@ impl Nft {
     /// rules.
     pub(crate) async fn change(&self, change: Change, table: String, elements: [Element; 2], what: &str) -> Result<()> {
         self.transactions.fetch_add(1, Ordering::Relaxed);
+        let socket = Arc::clone(&self.socket);
         let work = move || {
-            let changed = nfnetlink::change_elements(&mut Netlink::netfilter()?, change, &table, &elements);
-            changed.map_err(|refused| refused.to_error(format!("changing elements of the table inet {table}")))
+            // A socket or none.
+            let mut kept = socket.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut netlink = kept.take().map_or_else(Netlink::netfilter, Ok)?;
+            nfnetlink::change_elements(&mut netlink, change, &table, &elements)
+                .map_err(|refused| refused.to_error(format!("changing elements of the table inet {table}")))?;
+            *kept = Some(netlink);
+            Ok(())
         };
         let done = tokio::task::spawn_blocking(work).await;
         done.unwrap_or_else(|error| Err(Error::new(Kind::Internal, "changing rules").because(error)))

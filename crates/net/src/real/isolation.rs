@@ -111,44 +111,6 @@ fn a_slot_that_is_cut_off_reaches_nobody_whatever_becomes_of_the_hosts_rules() {
 }
 
 #[test]
-fn a_slot_in_use_gets_new_rules_and_keeps_its_connections() {
-    on_host(|world| async move {
-        let net = world.open("a").await;
-        for slot in [Slot(1), Slot(2)] {
-            net.ensure(slot).await.unwrap();
-        }
-        let guest = Guest::start(&net, Slot(1));
-        let talking = guest.run(|| {
-            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-            socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
-            socket.connect((PUBLIC, PORT)).unwrap();
-            socket
-        });
-        let talks = || talking.send(b"?").is_ok() && talking.recv(&mut [0; 64]).is_ok();
-        assert!(talks());
-        // The host gets an address that looks public; a slot made now knows it.
-        let ip = clawpot_host::process::find_program("ip", None).unwrap();
-        Tool::new(ip).args(["addr", "add", "203.0.113.77/24", "dev", "uplink"]).run().await.unwrap();
-        // No longer than the host's addresses are remembered.
-        tokio::time::sleep(crate::original::REMEMBERED).await;
-        net.ensure(Slot(3)).await.unwrap();
-        crate::renew::all(net.shop()).await.unwrap();
-        let mut listed = Vec::new();
-        for slot in [Slot(3), Slot(1), Slot(2)] {
-            let netns = clawpot_host::netns::open(&net.seat(slot).unwrap().netns).unwrap();
-            let list = Tool::new(paths().nft).args(["-s", "list", "ruleset"]).with(|spawn| spawn.netns(netns));
-            listed.push(String::from_utf8(list.run().await.unwrap()).unwrap());
-        }
-        assert!(listed[0].contains("203.0.113.77"));
-        assert!(listed.iter().all(|rules| *rules == listed[0]));
-        assert!(talks());
-        let before = net.nft_runs();
-        crate::renew::all(net.shop()).await.unwrap();
-        assert_eq!(net.nft_runs(), before, "once is enough");
-    });
-}
-
-#[test]
 fn a_guest_cannot_fill_the_hosts_table_of_connections() {
     on_host(|world| async move {
         let net = world.open("a").await;
@@ -191,6 +153,34 @@ fn the_host_reaches_a_guest_and_other_instances_do_not() {
         net.remove(Slot(0)).await.unwrap();
         net.give_up().await.unwrap();
         assert!(stranger.reaches(PUBLIC, PORT));
+    });
+}
+
+#[test]
+fn a_slots_settings_are_its_own() {
+    on_host(|world| async move {
+        let net = world.open("a").await;
+        let setting = |key: &str| std::fs::read_to_string(format!("/proc/sys/net/{key}")).unwrap().trim().to_owned();
+        let host = setting("ipv4/conf/all/arp_announce");
+        assert_ne!(host, "2", "a host that differs from its slots");
+        net.ensure(Slot(1)).await.unwrap();
+        let wanted = [
+            ("ipv4/ip_forward".to_owned(), "1"),
+            ("ipv4/conf/all/send_redirects".to_owned(), "0"),
+            ("ipv4/conf/tap0/send_redirects".to_owned(), "0"),
+            ("ipv4/conf/up0/rp_filter".to_owned(), "1"),
+            ("ipv4/conf/mgmt0/arp_announce".to_owned(), "2"),
+            ("ipv6/conf/all/disable_ipv6".to_owned(), "1"),
+            ("ipv6/conf/tap0/disable_ipv6".to_owned(), "1"),
+        ];
+        let fd = clawpot_host::netns::open(&net.seat(Slot(1)).unwrap().netns).unwrap();
+        for (key, value) in wanted {
+            assert_eq!(inside(&fd, || setting(&key)), value, "{key}");
+        }
+        let end = net.shop().site.names.slot(Slot(1));
+        assert_eq!(setting(&format!("ipv4/conf/{end}/arp_announce")), "2");
+        assert_eq!(setting(&format!("ipv6/conf/{end}/disable_ipv6")), "1");
+        assert_eq!(setting("ipv4/conf/all/arp_announce"), host);
     });
 }
 

@@ -228,6 +228,29 @@ fn a_veth_taken_away_by_hand_is_made_again() {
 }
 
 #[test]
+fn slots_removed_together_are_forgotten_by_one_look() {
+    on_host(|world| async move {
+        let net = world.open("a").await;
+        for n in 0..20 {
+            net.ensure(Slot(n)).await.unwrap();
+        }
+        let guests = [Guest::start(&net, Slot(0)), Guest::start(&net, Slot(19))];
+        assert!(guests.iter().all(|guest| guest.reaches(PUBLIC, PORT)));
+        drop(guests);
+        for removed in join_all((0..20).map(|n| net.remove(Slot(n))).collect()).await {
+            removed.unwrap();
+        }
+        // One that came late has a look of its own.
+        let looks = net.shop().forgetting.looks();
+        assert!((1..=3).contains(&looks), "{looks}");
+        for slot in [Slot(0), Slot(19)] {
+            left_behind(&net, slot).await;
+            assert_eq!(conntrack::forget(&[net.seat(slot).unwrap().address].into()).unwrap(), 0);
+        }
+    });
+}
+
+#[test]
 fn figures() {
     on_host(|world| async move {
         const SLOTS: u32 = 20;

@@ -4,4 +4,5 @@
 mod crash;
 mod isolation;
 mod lifecycle;
+mod renew;
 mod world;

@@ -131,6 +131,9 @@ pub struct Boot {
     pub boot_args: String,
     /// The image, the VM's disk, the slot's tap and the vsock are there (a probe has none of them).
     pub devices: bool,
+    /// Of each extra disk. An earlier server, which wrote none, gave none.
+    #[serde(default)]
+    pub read_only: Vec<bool>,
 }
 
 impl Boot {
@@ -146,6 +149,9 @@ impl Boot {
         let mut calls = vec![Call::put("/machine-config", &machine)?, Call::put("/boot-source", &boot_source)?];
         if self.devices {
             calls.push(drive(ROOTFS, true)?);
+            for (index, read_only) in self.read_only.iter().enumerate() {
+                calls.push(drive(&guest::disk_device(index), *read_only)?);
+            }
             calls.push(drive(DISK, false)?);
             let guest_mac = guest::mac_text(guest::GUEST_MAC);
             let net = NetworkInterface { iface_id: "eth0", host_dev_name: guest::TAP, guest_mac };
@@ -207,7 +213,7 @@ mod tests {
 
     fn boot(devices: bool) -> Boot {
         let boot_args = "console=ttyS0 clawpot.transport=vsock".to_owned();
-        Boot { vcpus: Vcpus::try_from(2).unwrap(), memory: MiB(4096), boot_args, devices }
+        Boot { vcpus: Vcpus::try_from(2).unwrap(), memory: MiB(4096), boot_args, devices, read_only: Vec::new() }
     }
 
     fn version(text: &str) -> Version {
@@ -219,6 +225,13 @@ mod tests {
         let mut calls = boot(true).calls(&version("1.16.1")).unwrap();
         calls.push(Call::start().unwrap());
         insta::assert_snapshot!(lines(&calls));
+    }
+
+    #[test]
+    fn extra_disks_come_between_the_image_and_the_own_one() {
+        let calls = Boot { read_only: vec![false, true], ..boot(true) }.calls(&version("1.16.1")).unwrap();
+        let drives: Vec<Call> = calls.into_iter().filter(|call| call.path.starts_with("/drives/")).collect();
+        insta::assert_snapshot!(lines(&drives));
     }
 
     #[test]

@@ -117,10 +117,11 @@ fn spawn(toolbox: &Toolbox, base: &Path, jail: &Jail, machine: &Machine) -> Resu
         memory: machine.memory,
         boot_args: cmdline::line(machine, cmdline::FIRECRACKER, Transport::Vsock),
         devices: true,
+        read_only: machine.attachments.iter().map(|disk| disk.read_only).collect(),
     };
     boot::write(jail.dir(), &boot)?;
     let id = machine.id.to_string();
-    let inmate = jailer::Inmate::of(&machine.seat, jail.disk_size()?);
+    let inmate = jailer::Inmate::of(&machine.seat, jail.largest_disk(machine)?);
     Ok(jailer_with(toolbox, jailer::arguments(toolbox, base, &id, &inmate)))
 }
 

@@ -140,7 +140,13 @@ impl Place {
         hard_link(subject.kernel, &self.root().join(KERNEL))?;
         hard_link(subject.initramfs, &self.root().join(INITRAMFS))?;
         toolbox.furnish(&self.root())?;
-        let boot = Boot { vcpus: Vcpus::try_from(1)?, memory: MEMORY, boot_args: BOOT_ARGS.to_owned(), devices: false };
+        let boot = Boot {
+            vcpus: Vcpus::try_from(1)?,
+            memory: MEMORY,
+            boot_args: BOOT_ARGS.to_owned(),
+            devices: false,
+            read_only: Vec::new(),
+        };
         boot::write(&self.dir, &boot)
     }
 

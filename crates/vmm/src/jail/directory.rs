@@ -2,13 +2,14 @@
 
 use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{PermissionsExt, chown, lchown};
 use std::path::Path;
 
 use clawpot_core::MachineId;
-use clawpot_core::ports::Machine;
+use clawpot_core::ports::{Attachment, Machine};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::fs::{ensure_dir, hard_link, remove_tree_if_exists, replace_unsynced};
+use clawpot_types::guest::{MAX_EXTRA_DISKS, disk_device};
 use clawpot_types::{Error, Kind, Result};
 use rustix::fs::{CWD, FileType, Mode};
 use serde::{Deserialize, Serialize};
@@ -91,14 +92,45 @@ pub(super) fn make(base: &Path, jail: &Jail, machine: &Machine) -> Result<()> {
         failpoint::reached(Point::JailLinked);
     }
     // By its own name, which nobody but us can change, before it lies where the VMM could.
-    std::fs::set_permissions(&machine.disk, Permissions::from_mode(0o600))
-        .map_err(|error| Error::io(format!("giving {} its mode", machine.disk.display()), error))?;
-    own(&machine.disk, seat.uid, seat.gid)?;
+    give(&machine.disk, 0o600, (seat.uid, seat.gid))?;
     failpoint::reached(Point::JailDiskGiven);
     hard_link(&machine.disk, &jail.file(DISK))?;
     failpoint::reached(Point::JailDiskLinked);
+    attach(jail, machine)?;
     make_fifo(&jail.console())?;
     failpoint::reached(Point::JailConsoleMade);
+    Ok(())
+}
+
+/// The extra disks, by the names that the guest's kernel gives them.
+fn attach(jail: &Jail, machine: &Machine) -> Result<()> {
+    let attachments = &machine.attachments;
+    if attachments.len() > MAX_EXTRA_DISKS {
+        let what = format!("{} extra disks: a machine has at most {MAX_EXTRA_DISKS}", attachments.len());
+        return Err(Error::new(Kind::InvalidArgument, what));
+    }
+    for (index, Attachment { file, read_only, .. }) in attachments.iter().enumerate() {
+        let (mode, owner) = match read_only {
+            true => (0o444, (0, 0)),
+            false => (0o600, (machine.seat.uid, machine.seat.gid)),
+        };
+        give(file, mode, owner)?;
+        hard_link(file, &jail.file(&disk_device(index)))?;
+        failpoint::reached(Point::JailAttached);
+    }
+    Ok(())
+}
+
+/// The extra disks are root's again: they outlive the machine, and another VM gets its user.
+fn take_back(jail: &Jail) -> Result<()> {
+    for index in 0..MAX_EXTRA_DISKS {
+        let path = jail.file(&disk_device(index));
+        let what = || format!("taking {} back", path.display());
+        match lchown(&path, Some(0), Some(0)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io(what(), error)),
+            _ => {}
+        }
+    }
     Ok(())
 }
 
@@ -126,7 +158,9 @@ fn make_parents(base: &Path) -> Result<()> {
     ensure_dir(base, 0o700)
 }
 
-fn own(path: &Path, uid: u32, gid: u32) -> Result<()> {
+fn give(path: &Path, mode: u32, (uid, gid): (u32, u32)) -> Result<()> {
+    std::fs::set_permissions(path, Permissions::from_mode(mode))
+        .map_err(|error| Error::io(format!("giving {} its mode", path.display()), error))?;
     chown(path, Some(uid), Some(gid)).map_err(|error| {
         let error = Error::io(format!("giving {} to uid {uid}", path.display()), error);
         if error.kind() == Kind::PermissionDenied { error.hint("run clawpot-server as root") } else { error }
@@ -144,6 +178,7 @@ fn make_fifo(path: &Path) -> Result<()> {
 pub(super) fn remove(jail: &Jail) -> Result<()> {
     clawpot_host::fs::remove_file_if_exists(&jail.manifest())?;
     failpoint::reached(Point::JailManifestGone);
+    take_back(jail)?;
     remove_tree_if_exists(jail.dir())?;
     failpoint::reached(Point::JailGone);
     Ok(())

@@ -9,6 +9,7 @@
 //!   root/           the VMM's working directory, root's, 0755: the VMM can make no file in it
 //!     kernel initramfs rootfs     hard links to root's 0444 files
 //!     disk                        hard link to the VM's disk, owned by the slot's uid
+//!     vdb vdc …                   hard links to extra disks: the slot's uid's, or root's 0444 where they are only read
 //!     api.sock                    made by us for QEMU
 //!     api.sock v.sock             made by Firecracker, to which the directory belongs until its guest runs
 //! ```
@@ -37,6 +38,7 @@ use clawpot_core::{Fact, MachineId, VmmEnd, VmmFact, VmmKind};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::cgroup::{Cgroup, Cgroups, Limits, Missing};
 use clawpot_host::process::{Child, Exit, Spawn};
+use clawpot_types::guest::disk_device;
 use clawpot_types::{Error, InstanceId, Kind, Result};
 
 use crate::console::Consoles;
@@ -108,12 +110,16 @@ impl Jail {
         self.root().join(name)
     }
 
-    /// Of the VM's disk, bytes: as far as its VMM may write into any file. It owns the disk, and could else make it larger
-    /// than it was given.
-    pub fn disk_size(&self) -> Result<u64> {
-        let disk = self.file(DISK);
-        let found = std::fs::metadata(&disk);
-        Ok(found.map_err(|error| Error::io(format!("looking at {}", disk.display()), error))?.len())
+    /// Of the largest disk that `machine` may write to, bytes: as far as its VMM may write into any file. It owns its disks,
+    /// and could else make them larger than they were given; with several, the smaller ones as large as the largest.
+    pub fn largest_disk(&self, machine: &Machine) -> Result<u64> {
+        let extra = machine.attachments.iter().enumerate().filter(|(_, disk)| !disk.read_only);
+        let names = std::iter::once(DISK.to_owned()).chain(extra.map(|(index, _)| disk_device(index)));
+        names.map(|name| self.file(&name)).try_fold(0, |largest, path| {
+            let found = std::fs::metadata(&path);
+            let size = found.map_err(|error| Error::io(format!("looking at {}", path.display()), error))?.len();
+            Ok(size.max(largest))
+        })
     }
 
     #[must_use]

@@ -4,7 +4,7 @@
 use std::os::fd::RawFd;
 
 use clawpot_core::ports::Machine;
-use clawpot_types::guest::{GUEST_MAC, MANAGEMENT_MAC, mac_text};
+use clawpot_types::guest::{GUEST_MAC, MANAGEMENT_MAC, disk_device, mac_text};
 
 use super::Accel;
 use crate::cmdline::{self, Transport};
@@ -20,9 +20,11 @@ pub(super) const QMP_FD: RawFd = 5;
 /// (1.54 s instead of 1.39 s), above 128 no faster.
 const TB_SIZE: u32 = 128;
 
-/// Places on the PCI bus. The guest numbers its disks in this order: rootfs is `/dev/vda`, disk `/dev/vdb`.
+/// Places on the PCI bus. The guest numbers its disks in this order: rootfs is `/dev/vda`, the extra disks `/dev/vdb`,
+/// `/dev/vdc`, …, and the VM's own disk comes last.
 const ROOTFS_SLOT: &str = "0x02";
-const DISK_SLOT: &str = "0x03";
+const FIRST_EXTRA_SLOT: usize = 0x08;
+const DISK_SLOT: &str = "0x1e";
 const NET_SLOT: &str = "0x04";
 const MANAGEMENT_SLOT: &str = "0x05";
 const RNG_SLOT: &str = "0x06";
@@ -46,6 +48,9 @@ pub(super) fn args(machine: &Machine, accel: Accel) -> Vec<String> {
     put(&["-chardev", &format!("socket,id=qmp,fd={QMP_FD},server=on,wait=off"), "-mon", "chardev=qmp,mode=control"]);
     put(&["-blockdev", &format!("driver=raw,node-name=rootfs,read-only=on,file.driver=file,file.filename={ROOTFS}")]);
     put(&["-device", &device("virtio-blk", ROOTFS_SLOT, "drive=rootfs")]);
+    for (index, attachment) in machine.attachments.iter().enumerate() {
+        put(&extra_disk(index, attachment.read_only).each_ref().map(String::as_str));
+    }
     put(&[
         "-blockdev",
         &format!("driver=raw,node-name=disk,discard=unmap,file.driver=file,file.filename={DISK},file.discard=unmap"),
@@ -60,6 +65,17 @@ pub(super) fn args(machine: &Machine, accel: Accel) -> Vec<String> {
     }
     put(&["-object", "rng-builtin,id=entropy", "-device", &device("virtio-rng", RNG_SLOT, "rng=entropy")]);
     args
+}
+
+fn extra_disk(index: usize, read_only: bool) -> [String; 4] {
+    let name = disk_device(index);
+    let (host, guest) = match read_only {
+        true => ("read-only=on,file.driver=file", ""),
+        false => ("discard=unmap,file.driver=file,file.discard=unmap", ",discard=on"),
+    };
+    let node = format!("driver=raw,node-name={name},{host},file.filename={name}");
+    let slot = format!("{:#04x}", FIRST_EXTRA_SLOT + index);
+    ["-blockdev".to_owned(), node, "-device".to_owned(), device("virtio-blk", &slot, &format!("drive={name}{guest}"))]
 }
 
 /// Without the legacy interface, which our kernels do not use.

@@ -90,7 +90,7 @@ impl Qemu {
     /// Everything but the group and the console, which every VMM gets.
     fn spawn(&self, jail: &Jail, machine: &Machine) -> Result<Spawn> {
         let seat = &machine.seat;
-        let rlimits = Rlimits { fsize: Some(jail.disk_size()?), ..Rlimits::default() };
+        let rlimits = Rlimits { fsize: Some(jail.largest_disk(machine)?), ..Rlimits::default() };
         let mut spawn = Spawn::new(&self.program)
             .rlimits(rlimits)
             .fd(qmp_socket(jail)?, args::QMP_FD)
