@@ -53,8 +53,8 @@ def test_a_running_exec_misses_nothing(server: Server, vm: str) -> None:
         server.start()
         time.sleep(1)
     out, errors = process.communicate(timeout=within(90))
-    assert b"".join(head) + out == b"".join(b"%d\n" % n for n in range(COUNT))
     assert process.returncode == 5, errors
+    assert b"".join(head) + out == b"".join(b"%d\n" % n for n in range(COUNT))
     assert errors.endswith(b"end\n") and b"looking for it" in errors, errors
 
 

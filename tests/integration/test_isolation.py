@@ -24,7 +24,7 @@ import pytest
 from harness import attempts as a
 from harness import world as w
 from harness.server import Server
-from harness.tools import until
+from harness.tools import until, within
 from harness.world import World
 
 HOSTILE = Path(__file__).with_name("guest") / "hostile.py"
@@ -38,7 +38,7 @@ LAST = 9998
 SIBLINGS_CONTROL = 9999
 
 #: How long the guest waits for the host's rules to be flushed before it begins, seconds.
-DELAY = 4
+DELAY = within(4)
 
 #: The guest's own NICs, as its netns has them: where everything it sends comes out.
 TAPS = ("tap0", "mgmt0")
@@ -168,11 +168,11 @@ def _attack(stage: Stage, *, flushed: bool = False) -> Seen:
             _without_rules(stage, over)
         else:
             _over(over)
-        out, errors = guest.communicate(timeout=60)
+        out, errors = guest.communicate(timeout=within(60))
         assert guest.returncode == 0, errors.decode()
         seen = Seen(json.loads(out), _counters(stage.netns) - before)
         for name, sniffer in sniffers.items():
-            said, _ = sniffer.communicate("", timeout=10)
+            said, _ = sniffer.communicate("", timeout=within(10))
             for number, places in json.loads(said.splitlines()[-1]).items():
                 seen.places.setdefault(int(number), set()).update(f"{name} {place}" for place in places)
     return seen
@@ -202,7 +202,7 @@ def _without_rules(stage: Stage, over: subprocess.Popen[str]) -> None:
 def _over(sniffer: subprocess.Popen[str]) -> None:
     """Returns when the guest has sent its last packet."""
     assert sniffer.stdout
-    readable, _, _ = select.select([sniffer.stdout], [], [], 60)
+    readable, _, _ = select.select([sniffer.stdout], [], [], within(60))
     assert readable and sniffer.stdout.readline() == "over\n", "the attack does not end"
 
 

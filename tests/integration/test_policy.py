@@ -10,7 +10,7 @@ import pytest
 
 from harness.api import Api
 from harness.server import Server
-from harness.tools import until
+from harness.tools import until, within
 
 
 def _exits(server: Server, name: str) -> list[tuple[str, str]]:
@@ -41,7 +41,7 @@ def test_each_end_has_its_reason_and_its_consequence(server: Server) -> None:
 
     # The guest goes down by itself: no failure, and on-failure lets it rest.
     _sysrq(server, name, "o")
-    server.cli("wait", "--for", "stopped", "--timeout", "30s", name).ok()
+    server.cli("wait", "--for", "stopped", "--timeout", f"{round(within(30))}s", name).ok()
     vm = server.cli.inspect(name)
     assert vm["last_exit"]["reason"] == "powered-off" and vm["last_exit"]["by"] == "guest", vm
     assert vm["failure"] is None and vm["desired"] == "stopped"
@@ -66,7 +66,7 @@ def test_each_end_has_its_reason_and_its_consequence(server: Server) -> None:
 
     # Its time is over: stopped, and it stays so.
     server.cli("ttl", name, "1s").ok()
-    server.cli("wait", "--for", "stopped", "--timeout", "30s", name).ok()
+    server.cli("wait", "--for", "stopped", "--timeout", f"{round(within(30))}s", name).ok()
     assert server.cli.inspect(name)["last_exit"]["reason"] == "ttl-over"
     told = [("powered-off", "guest"), ("guest-panicked", "guest"), ("vmm-died", "host"), ("ttl-over", "server")]
     assert _exits(server, name) == told
@@ -76,7 +76,7 @@ def test_each_end_has_its_reason_and_its_consequence(server: Server) -> None:
 
 
 def test_what_does_not_fit_is_refused_by_name(make_server: Callable[..., Server]) -> None:
-    server = make_server("small", "--memory-percent", "1", "--warm-slots", "0").start()
+    server = make_server("small", "--memory-percent", "4", "--warm-slots", "0").start()
     budgets = server.cli("host", "-o", "json").ok().json["budgets"]
     limit = budgets["memory_mib"]["limit"]
     assert budgets["memory_mib"] == {"limit": limit, "used": 0, "free": limit}
