@@ -44,7 +44,8 @@ impl Connection {
     }
 }
 
-/// `Unavailable`, `Timeout`: nobody listens there yet.
+/// `Unavailable`: nobody listens there yet, or it was not quick enough. The two cannot be told apart, and whoever lost a guest
+/// may try again in either case.
 pub async fn dial(endpoint: &GuestEndpoint) -> Result<Connection> {
     let alive = Arc::new(());
     let open = Arc::downgrade(&alive);
@@ -63,7 +64,9 @@ pub async fn dial(endpoint: &GuestEndpoint) -> Result<Connection> {
     match tokio::time::timeout(HANDSHAKE, guest.connect_with_connector(connector)).await {
         Ok(Ok(channel)) => Ok(Connection { channel, open }),
         Ok(Err(error)) => Err(Error::new(Kind::Unavailable, "guest agent: opening HTTP/2").because(error)),
-        Err(_) => Err(Error::new(Kind::Timeout, format!("guest agent: no HTTP/2 within {} s", HANDSHAKE.as_secs()))),
+        Err(_) => {
+            Err(Error::new(Kind::Unavailable, format!("guest agent: no HTTP/2 within {} s", HANDSHAKE.as_secs())))
+        }
     }
 }
 
@@ -116,7 +119,7 @@ async fn stream(endpoint: &GuestEndpoint) -> Result<Box<dyn Stream>> {
                     .map_err(|error| Error::new(Kind::Unavailable, "guest agent: CONNECT over vsock").because(error))?;
                 Ok(Box::new(stream) as Box<dyn Stream>)
             });
-            reached.await.unwrap_or_else(|_| Err(Error::new(Kind::Timeout, "guest agent: no answer over vsock")))
+            reached.await.unwrap_or_else(|_| Err(Error::new(Kind::Unavailable, "guest agent: no answer over vsock")))
         }
         GuestEndpoint::Tcp { netns, address } => {
             let stream = netns::connect_tcp_in(netns, *address, CONNECT).await.map_err(not_up_yet)?;
@@ -131,7 +134,7 @@ async fn stream(endpoint: &GuestEndpoint) -> Result<Box<dyn Stream>> {
 /// Whatever the network says of a guest that boots, it may say otherwise in a moment.
 fn not_up_yet(error: Error) -> Error {
     match error.kind() {
-        Kind::Timeout | Kind::Unavailable | Kind::NotFound => error,
+        Kind::Unavailable | Kind::NotFound => error,
         _ => Error::new(Kind::Unavailable, "guest agent: connecting to it").because(error),
     }
 }

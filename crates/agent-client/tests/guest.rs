@@ -203,6 +203,17 @@ async fn a_hostile_agent_is_caught() {
     assert!(error_of(vec![Frame::Exited(v1::ExecExited::default())]).await.contains("an end that is none"));
 }
 
+/// A client that lost its server goes on trying then; a timeout would be its end.
+#[tokio::test]
+async fn a_guest_that_takes_no_connection_in_time_is_unavailable() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("busy");
+    let _never_accepts = tokio::net::UnixListener::bind(&socket).unwrap();
+    let client = AgentClient::new();
+    let called = client.exec(&machine(1), &GuestEndpoint::Vsock(socket), once(start(&["true"]))).await;
+    assert_eq!(called.err().unwrap().kind(), Kind::Unavailable);
+}
+
 #[tokio::test]
 async fn a_silent_agent_is_given_up_and_its_words_are_cut() {
     let dir = tempfile::tempdir().unwrap();
