@@ -30,7 +30,7 @@ def built(session_server: Callable[..., Server], workdir: Path) -> Iterator[Serv
     server = session_server("builder", image_dir=store).start()
     server.cli("create", "--wait", "--name", "builder", "--memory", "1GiB", "--disk", "2GiB", "builder").ok()
     for name, size in {"/build-in": "64m", "/build-out": "90m"}.items():
-        server.cli.sh("builder", f"mkdir {name} && mount -t tmpfs -o size={size} none {name}").ok()
+        server.cli.sh("builder", f"mkdir {name} && {builder.MOUNT}", "-e", f"AT={name}", "-e", f"OPTIONS=size={size}").ok()
     flake = builder.staged(images.boot_file(store, "kernel"))
     server.cli("exec", "builder", "--", "tar", "-xC", "/", "--no-same-owner", stdin=flake).ok()
     yield server
@@ -41,9 +41,10 @@ def _idle(server: Server) -> None:
     """No process of a build is left, and the next may come."""
 
     def nobody() -> bool:
-        found = server.cli.sh("builder", "! grep -lsE 'nix|sleep' /proc/[0-9]*/comm").code == 0
+        if server.cli.sh("builder", "! grep -lsE 'nix|sleep' /proc/[0-9]*/comm").code != 0:
+            return False
         with Talk(server, "builder") as talk:
-            return found and "already" not in talk.fails("", flake_ref="relative/of-nobody")
+            return "already" not in talk.fails("", flake_ref="path:/nowhere")
 
     until(nobody, seconds=30, every=0.5, what="the end of the build")
 
@@ -108,7 +109,8 @@ def test_a_result_that_is_no_machine_says_what_it_lacks(built: Server) -> None:
         assert "leads out of the store, to /etc/passwd" in talk.fails("leads-out")
 
 
-def test_a_build_that_prints_100_mb_is_bounded(built: Server) -> None:
+def test_a_build_that_prints_without_end_is_bounded(built: Server) -> None:
+    """100 MB of it are in clawpot-agent/tests/builder: nix itself is too slow for that in an emulator."""
     with Talk(built, "builder") as talk:
         lines, said = talk.build("prints")
     assert "Ok" in said
@@ -121,7 +123,7 @@ def test_a_build_that_prints_100_mb_is_bounded(built: Server) -> None:
 
 def test_a_build_that_never_ends_is_killed_and_others_are_answered_meanwhile(built: Server) -> None:
     with Talk(built, "builder") as talk, Talk(built, "builder") as other:
-        talk.start("never-ends", round(within(10)))
+        talk.start("never-ends", round(within(30)))
         while "now it waits" not in talk.hear()["Log"]["line"]:
             pass
         other.ping()
@@ -141,13 +143,15 @@ def test_a_host_that_hangs_up_ends_its_build(built: Server) -> None:
 
 
 def test_an_output_disk_that_is_too_small_is_called_that(built: Server) -> None:
+    built.cli.sh("builder", builder.UNMOUNT, "-e", "AT=/build-out").ok()
+    built.cli.sh("builder", builder.MOUNT, "-e", "AT=/build-out", "-e", "OPTIONS=size=8m").ok()
     with Talk(built, "builder") as talk:
-        assert talk.fails("fills").startswith("the output disk is full: it has 90 MiB in all, too little for vmlinux")
+        assert talk.fails("fills").startswith("the output disk is full: it has 8 MiB in all, too little for vmlinux")
     assert _left(built) == {"build.log"}
 
 
 def test_a_builder_without_disks_says_so(built: Server) -> None:
-    built.cli.sh("builder", "umount /build-out").ok()
+    built.cli.sh("builder", builder.UNMOUNT, "-e", "AT=/build-out").ok()
     with Talk(built, "builder") as talk:
         message = talk.fails("default")
     assert message.startswith("output disk /dev/vdb: ") and "the host has not attached one" in message

@@ -16,6 +16,9 @@ from .tools import REPO, within
 
 PORT = 21470
 INPUT = "/build-in"
+#: The image has no mount(8), but nix's perl. The numbers are those of mount and umount2 on x86-64.
+MOUNT = """perl -e 'my ($f, $at, $o) = ("tmpfs", @ENV{qw(AT OPTIONS)}); syscall(165, $f, $at, $f, 0, $o) == 0 or die $!'"""
+UNMOUNT = """perl -e 'my $at = $ENV{AT}; syscall(166, $at, 0) == 0 or die $!'"""
 FLAKE = Path(__file__).resolve().parents[1] / "fixtures/flake"
 
 
@@ -54,7 +57,7 @@ class Talk:
 
     def __init__(self, server: Server, vm: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(within(120))
+        self.socket.settimeout(within(300))
         self.socket.connect(str(directory(server, vm) / "v.sock"))
         self.socket.sendall(f"CONNECT {PORT}\n".encode())
         self.lines = self.socket.makefile("rb")
