@@ -3,6 +3,10 @@
 use clawpot_types::{Incarnation, Revision, Timestamp, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
+/// Kind of the event of a command that is run in a guest. There may be thousands for each create and delete, so the log
+/// keeps them apart: however many there are, they push out none of another kind.
+pub const EXEC: &str = "vm.exec";
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
     /// The revision of the transaction that it is part of; ascending.

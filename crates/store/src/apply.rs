@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clawpot_core::event::Draft;
+use clawpot_core::event::{Draft, EXEC};
 use clawpot_core::ports::{Change, Expect, Guard, Op, Txn, TxnOutcome};
 use clawpot_types::{Error, Kind, Result, Revision, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _};
@@ -15,7 +15,9 @@ use crate::{rows, schema};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Kept {
     pub(crate) changes: u64,
+    /// Of all kinds but [`EXEC`].
     pub(crate) events: u64,
+    pub(crate) execs: u64,
     pub(crate) events_age: Duration,
 }
 
@@ -24,7 +26,7 @@ const CHANGES_ON_A_FULL_DISK: u64 = 256;
 
 /// Free pages of the file that make room for a transaction's events: their rows and three indices may each need one.
 const FREE_PAGES: i64 = 8;
-/// So many of the oldest events make room for new ones: some dozen pages.
+/// So many of the oldest events make room for new ones, those of commands first: some dozen pages.
 const OLDEST_ON_A_FULL_DISK: i64 = 256;
 
 /// Whether new keys are taken in.
@@ -150,8 +152,9 @@ impl<'a> Batch<'a> {
             return Ok(true);
         }
         self.drop_events(
-            "DELETE FROM events WHERE seq IN (SELECT seq FROM events ORDER BY seq LIMIT ?1) RETURNING id",
-            [OLDEST_ON_A_FULL_DISK],
+            "DELETE FROM events WHERE seq IN
+                 (SELECT seq FROM events ORDER BY kind = ?2 DESC, seq LIMIT ?1) RETURNING id",
+            (OLDEST_ON_A_FULL_DISK, EXEC),
         )?;
         let room = free(self.conn).map_err(look)? >= FREE_PAGES;
         if !room {
@@ -178,23 +181,34 @@ impl<'a> Batch<'a> {
     fn trim_events(&mut self, kept: &Kept) -> Result<()> {
         let Some((last, newest)) = self.events.last().cloned() else { return Ok(()) };
         let write = |error| sql("event log: dropping old events", error);
-        let oldest: Option<(i64, i64)> = self
+        let oldest: Option<i64> = self
             .conn
-            .prepare_cached("SELECT seq, time FROM events ORDER BY seq LIMIT 1")
-            .and_then(|mut statement| statement.query_row([], |row| Ok((row.get(0)?, row.get(1)?))).optional())
+            .prepare_cached("SELECT time FROM events ORDER BY seq LIMIT 1")
+            .and_then(|mut statement| statement.query_row([], |row| row.get(0)).optional())
             .map_err(write)?;
-        let Some((oldest, time)) = oldest else { return Ok(()) };
+        let Some(time) = oldest else { return Ok(()) };
         // Measured against the newest event, so that the log needs no clock.
         let too_old = Timestamp(newest.time.0.saturating_sub(Timestamp(0).after(kept.events_age).0));
-        let too_many = last.saturating_sub(kept.events);
-        let over = too_many.saturating_sub(from_sql(oldest)?) > kept.events / 8;
-        if from_sql(time)? >= too_old.0 && !over {
-            return Ok(());
+        if from_sql(time)? < too_old.0 {
+            self.drop_events(
+                "DELETE FROM events WHERE time < ?1 AND seq < ?2 RETURNING id",
+                (to_sql(too_old.0).unwrap_or(0), last.cast_signed()),
+            )?;
         }
-        self.drop_events(
-            "DELETE FROM events WHERE seq <= ?1 OR (time < ?2 AND seq < ?3) RETURNING id",
-            (to_sql(too_many).unwrap_or(0), to_sql(too_old.0).unwrap_or(0), last.cast_signed()),
-        )
+        let written = u64::try_from(self.events.len()).unwrap_or(u64::MAX);
+        for (execs, keep) in [(true, kept.execs), (false, kept.events)] {
+            // Not at every commit: to count is to read the whole log. An eighth more than is kept is the price.
+            let step = (keep / 8).max(1);
+            if last / step != last.saturating_sub(written) / step {
+                self.drop_events(
+                    "DELETE FROM events WHERE (kind = ?1) = ?2 AND seq <=
+                         (SELECT seq FROM events WHERE (kind = ?1) = ?2 ORDER BY seq DESC LIMIT 1 OFFSET ?3)
+                     RETURNING id",
+                    (EXEC, execs, to_sql(keep)?),
+                )?;
+            }
+        }
+        Ok(())
     }
 
     /// `text` returns the ids that it drops; watchers that far back are told.

@@ -35,7 +35,10 @@ const VALUE_MAX: usize = 1 << 20;
 pub struct Options {
     /// Revisions that a watcher can go back. A record has 1 to 2 KiB, so this is about 10 MiB.
     pub changes_kept: u64,
+    /// Of all kinds but [`clawpot_core::event::EXEC`].
     pub events_kept: u64,
+    /// Of that kind.
+    pub execs_kept: u64,
     /// Counted back from the newest event.
     pub events_age: Duration,
     /// Held back on disk so that VMs can be deleted when it is full: some hundred deletes.
@@ -49,6 +52,7 @@ impl Default for Options {
         Self {
             changes_kept: 8192,
             events_kept: 20_000,
+            execs_kept: 10_000,
             events_age: Duration::from_secs(30 * 24 * 3600),
             ballast_bytes: 4 << 20,
             watcher_backlog: 1024,
@@ -109,7 +113,12 @@ impl SqliteStore {
         let hub = Arc::new(Hub::new(&positions(&conn)?));
         let readers = Arc::new(Readers::open(&path)?);
         let queue = Arc::new(Queue::new());
-        let kept = Kept { changes: options.changes_kept, events: options.events_kept, events_age: options.events_age };
+        let kept = Kept {
+            changes: options.changes_kept,
+            events: options.events_kept,
+            execs: options.execs_kept,
+            events_age: options.events_age,
+        };
         let writer = Writer::new(conn, Arc::clone(&hub), ballast, room, kept);
         let served = Arc::clone(&queue);
         let writer = std::thread::Builder::new()

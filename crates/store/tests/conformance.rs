@@ -13,6 +13,7 @@ fn subject() -> Subject {
     let options = Options {
         changes_kept: 64,
         events_kept: 32,
+        execs_kept: 16,
         events_age: Duration::from_secs(3600),
         ballast_bytes: 4096,
         watcher_backlog: 64,
@@ -23,6 +24,7 @@ fn subject() -> Subject {
         events: store,
         changes_kept: options.changes_kept,
         events_kept: 32,
+        execs_kept: 16,
         events_age: options.events_age,
         keep: Box::new((lock, dir)),
     }

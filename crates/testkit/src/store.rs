@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use clawpot_core::event::{Draft, Event};
+use clawpot_core::event::{Draft, EXEC, Event};
 use clawpot_core::ports::{
     BoxStream, Change, Entry, EventLog, Expect, Listing, Op, StateStore, Txn, TxnOutcome, Unreadable,
 };
@@ -19,13 +19,15 @@ use crate::faults::{Faults, Line, Method};
 #[derive(Clone, Copy, Debug)]
 pub struct Kept {
     pub changes: usize,
+    /// Of all kinds but `vm.exec`.
     pub events: usize,
+    pub execs: usize,
     pub events_age: Duration,
 }
 
 impl Default for Kept {
     fn default() -> Self {
-        Self { changes: 8192, events: 20_000, events_age: Duration::from_secs(30 * 24 * 3600) }
+        Self { changes: 8192, events: 20_000, execs: 10_000, events_age: Duration::from_secs(30 * 24 * 3600) }
     }
 }
 
@@ -53,11 +55,15 @@ struct State {
     full: bool,
     changes: VecDeque<Change>,
     changes_floor: u64,
-    /// In the order of writing.
-    events: VecDeque<Event>,
+    /// In the order of writing, with their numbers in it.
+    events: VecDeque<(u64, Event)>,
+    /// How many of them are of commands.
+    execs: usize,
     events_floor: u64,
     /// Events ever written.
     events_written: u64,
+    /// The newest that is no longer kept.
+    events_dropped: u64,
 }
 
 impl FakeStore {
@@ -78,7 +84,9 @@ impl FakeStore {
             changes_floor: 0,
             events: VecDeque::new(),
             events_floor: 0,
+            execs: 0,
             events_written: 0,
+            events_dropped: 0,
         };
         let shared = Shared { state: Mutex::new(state), grew: Notify::new() };
         Arc::new(Self { line: faults.line(), shared: Arc::new(shared), epoch })
@@ -122,7 +130,7 @@ impl FakeStore {
     /// Every event that is kept, in the order of writing.
     #[must_use]
     pub fn all_events(&self) -> Vec<Event> {
-        self.shared.lock().events.iter().cloned().collect()
+        self.shared.lock().events.iter().map(|(_, event)| event.clone()).collect()
     }
 }
 
@@ -194,12 +202,23 @@ impl State {
     fn append(&mut self, draft: &Draft) {
         let event = draft.committed(Revision(self.revision));
         let too_old = Timestamp(event.time.0.saturating_sub(Timestamp(0).after(self.kept.events_age).0));
-        self.events.push_back(event);
         self.events_written += 1;
-        while self.events.len() > self.kept.events || self.events.front().is_some_and(|event| event.time < too_old) {
-            if let Some(gone) = self.events.pop_front() {
-                self.events_floor = self.events_floor.max(gone.id.0);
-            }
+        self.execs += usize::from(event.kind == EXEC);
+        self.events.push_back((self.events_written, event));
+        loop {
+            let over = if self.events.front().is_some_and(|(_, event)| event.time < too_old) {
+                Some(0)
+            } else if self.execs > self.kept.execs {
+                self.events.iter().position(|(_, event)| event.kind == EXEC)
+            } else if self.events.len() - self.execs > self.kept.events {
+                self.events.iter().position(|(_, event)| event.kind != EXEC)
+            } else {
+                None
+            };
+            let Some((number, gone)) = over.and_then(|at| self.events.remove(at)) else { return };
+            self.execs -= usize::from(gone.kind == EXEC);
+            self.events_floor = self.events_floor.max(gone.id.0);
+            self.events_dropped = self.events_dropped.max(number);
         }
     }
 }
@@ -337,14 +356,12 @@ impl EventLog for FakeStore {
             if let Some(event) = backlog.pop_front() {
                 return Some(Ok(event));
             }
-            let kept = u64::try_from(state.events.len()).unwrap_or(u64::MAX);
-            let first = state.events_written - kept;
-            if first > *seen {
+            if state.events_dropped > *seen {
                 return Some(Err(compacted()));
             }
-            let skip = usize::try_from(*seen - first).unwrap_or(usize::MAX);
-            for event in state.events.iter().skip(skip) {
-                *seen += 1;
+            let first = state.events.partition_point(|(number, _)| *number <= *seen);
+            for (number, event) in state.events.range(first..) {
+                *seen = *number;
                 if event.id > after && vm.as_ref().is_none_or(|vm| event.vm == *vm) {
                     return Some(Ok(event.clone()));
                 }
@@ -356,7 +373,8 @@ impl EventLog for FakeStore {
 }
 
 fn matching<'a>(state: &'a State, vm: Option<&'a VmId>, after: Revision) -> impl Iterator<Item = &'a Event> {
-    state.events.iter().filter(move |event| event.id > after && vm.is_none_or(|vm| event.vm == *vm))
+    let events = state.events.iter().map(|(_, event)| event);
+    events.filter(move |event| event.id > after && vm.is_none_or(|vm| event.vm == *vm))
 }
 
 fn reach(from: Revision, floor: u64, position: u64) -> Result<()> {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::task::Poll;
 
+use clawpot_core::event::EXEC;
 use clawpot_core::exec::{ExecInput, ExecOutput, ExecStart};
 use clawpot_core::ports::{BoxStream, Txn};
 use clawpot_core::request::{Answer, Request, answer};
@@ -70,7 +71,7 @@ impl Service {
     async fn tell_exec(&self, record: &VmRecord, start: &ExecStart, actor: &str) {
         let program = start.argv.first().map(|program| String::from_utf8_lossy(program)).unwrap_or_default();
         let shown: String = program.chars().filter(|c| !c.is_control()).take(SHOWN_PROGRAM).collect();
-        let told = event(&self.deps, record, "vm.exec", format!("{}: {shown}", start.id), actor);
+        let told = event(&self.deps, record, EXEC, format!("{}: {shown}", start.id), actor);
         if let Err(error) = self.records.store().txn(Txn { events: vec![told], ..Txn::default() }).await {
             warn!(vm = %record.id, error = error.chain(), "writing the event of a command");
         }

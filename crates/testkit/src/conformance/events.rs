@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clawpot_core::event::{Draft, Event};
+use clawpot_core::event::{Draft, EXEC, Event};
 use clawpot_core::ports::{Durability, Guard, Op, Txn, TxnOutcome};
 use clawpot_types::{Error, Incarnation, Kind, Result, Revision, VmId};
 
@@ -155,6 +155,37 @@ pub async fn old_events_go_by_count(make: Make) {
     assert!(ids.len() >= subject.events_kept, "only {} are left", ids.len());
     assert!(ids.len() <= subject.events_kept * 3 / 2, "{} are kept", ids.len());
     assert!((kept * 2 + 1..=kept * 3).all(|id| ids.contains(&id)), "the newest stay");
+}
+
+/// However many commands are run, what is known of creates and deletes stays.
+pub async fn commands_push_out_only_commands(make: Make) {
+    let subject = make();
+    let mut history = told(&subject, vec![draft(1, 1, "vm.create")]).await;
+    history.extend(told(&subject, vec![draft(2, 2, "vm.create"), draft(2, 2, EXEC)]).await);
+    history.retain(|event| event.kind != EXEC);
+    let many = u64::try_from(subject.events_kept * 5).unwrap();
+    for second in 3..many {
+        told(&subject, vec![draft(second, 1, EXEC)]).await;
+    }
+    history.extend(told(&subject, vec![draft(many, 1, "vm.delete")]).await);
+    let (execs, others): (Vec<_>, Vec<_>) = all(&subject).await.into_iter().partition(|event| event.kind == EXEC);
+    assert_eq!(others, history);
+    assert!(execs.len() >= subject.execs_kept && execs.len() <= subject.execs_kept * 3 / 2, "{} are kept", execs.len());
+    assert_eq!(execs.last().unwrap().id, Revision(many - 1), "the newest stay");
+    assert_eq!(subject.events.list(Some(&vm(2)), Revision(0), 100).await.unwrap(), history[1..2]);
+    // Who watched from before is told that some are missing.
+    let seen = match subject.events.watch(None, Revision(2)).await {
+        Err(error) => error,
+        Ok(mut events) => next(&mut events).await.unwrap_err(),
+    };
+    assert_eq!(seen.kind(), Kind::Compacted);
+    // And the others bound themselves as ever.
+    for second in many..many + u64::try_from(subject.events_kept * 2).unwrap() {
+        told(&subject, vec![draft(second, 1, "vm.phase")]).await;
+    }
+    let (left, others): (Vec<_>, Vec<_>) = all(&subject).await.into_iter().partition(|event| event.kind == EXEC);
+    assert!(others.len() >= subject.events_kept && others.len() <= subject.events_kept * 3 / 2, "{}", others.len());
+    assert!(left.len() >= subject.execs_kept, "{} are left", left.len());
 }
 
 pub async fn old_events_go_by_age(make: Make) {

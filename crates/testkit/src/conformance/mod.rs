@@ -28,6 +28,8 @@ pub struct Subject {
     pub changes_kept: u64,
     /// Of events, likewise.
     pub events_kept: usize,
+    /// Of events of commands, likewise.
+    pub execs_kept: usize,
     pub events_age: Duration,
     /// Dropped last: the directory that it lives in.
     pub keep: Box<dyn Any + Send + Sync>,
@@ -103,7 +105,8 @@ macro_rules! store_conformance {
             a_slow_watcher_is_told, a_dropped_transaction_harms_nobody, another_store_has_another_epoch);
         $crate::store_conformance!(@cases $subject, events:
             events_come_back_in_order, an_event_is_part_of_its_transaction, one_event_of_a_kind,
-            ids_are_in_order_whoever_writes, events_are_found_by_vm, pages_lose_nothing, old_events_go_by_count, old_events_go_by_age, an_event_watcher_sees_was_and_comes,
+            ids_are_in_order_whoever_writes, events_are_found_by_vm, pages_lose_nothing, old_events_go_by_count,
+            commands_push_out_only_commands, old_events_go_by_age, an_event_watcher_sees_was_and_comes,
             an_event_watcher_below_the_floor_is_told);
     };
     (@cases $subject:path, $module:ident: $($case:ident),*) => {
