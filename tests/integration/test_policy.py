@@ -80,8 +80,12 @@ def test_what_does_not_fit_is_refused_by_name(make_server: Callable[..., Server]
     budgets = server.cli("host", "-o", "json").ok().json["budgets"]
     limit = budgets["memory_mib"]["limit"]
     assert budgets["memory_mib"] == {"limit": limit, "used": 0, "free": limit}
+    # What its VMM takes is asked for with it.
+    vmm = budgets["vmm_memory_each_mib"]
+    assert vmm > 0 and budgets["vmm_memory_mib"] == 0
     refused = server.cli("create", "--memory", str(limit + 1), "debian")
-    refused.fails(1, f"create: memory: {limit + 1} MiB asked, {limit} MiB free of {limit} MiB for VMs", "memory_percent")
+    asked = f"{limit + 1 + vmm} MiB asked ({limit + 1} for the guest, {vmm} for its VMM)"
+    refused.fails(1, f"create: memory: {asked}, {limit} MiB free of {limit} MiB for VMs", "memory_percent")
     assert server.cli.ls() == []
     server.stop()
     # There is no disk of which this much is free.

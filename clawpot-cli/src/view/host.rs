@@ -30,6 +30,11 @@ pub struct BudgetsView {
     pub slots: BudgetView,
     /// Free space under which nothing is created or started.
     pub low_disk_mib: u64,
+    /// Of the memory used, what VMMs take beside their guests'.
+    pub vmm_memory_mib: u64,
+    /// What the VMM of one more VM takes, with one vCPU; and for each further one.
+    pub vmm_memory_each_mib: u64,
+    pub vmm_memory_vcpu_mib: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -85,6 +90,9 @@ impl From<&Host> for HostView {
                 vcpus: budgets.vcpus.into(),
                 slots: budgets.slots.into(),
                 low_disk_mib: budgets.low_disk_mib,
+                vmm_memory_mib: budgets.vmm_memory_mib,
+                vmm_memory_each_mib: budgets.vmm_memory_each_mib,
+                vmm_memory_vcpu_mib: budgets.vmm_memory_vcpu_mib,
             },
         }
     }
@@ -117,5 +125,9 @@ pub fn detail(view: &HostView) -> String {
         row("slots", "", &budgets.slots),
     ];
     let low = format!("nothing is created or started with less than {} MiB of disk really free", budgets.low_disk_mib);
-    format!("{pairs}\n\n{}\n{low}", table::rows(["FOR VMS", "LIMIT", "USED", "FREE"], rows))
+    let vmm = format!(
+        "memory used includes {} MiB that VMMs take themselves: {} MiB each, and {} for each further vCPU",
+        budgets.vmm_memory_mib, budgets.vmm_memory_each_mib, budgets.vmm_memory_vcpu_mib
+    );
+    format!("{pairs}\n\n{}\n{vmm}\n{low}", table::rows(["FOR VMS", "LIMIT", "USED", "FREE"], rows))
 }

@@ -4,7 +4,7 @@ use clawpot_common::v1;
 use clawpot_common::v1::host_service_server::HostService;
 use clawpot_control::Service;
 use clawpot_core::admission::Budget;
-use clawpot_types::{Error, InstanceId, Timestamp};
+use clawpot_types::{Error, InstanceId, Timestamp, Vcpus};
 use tonic::{Request, Response, Status};
 
 use super::convert;
@@ -47,6 +47,7 @@ impl HostApi {
     async fn capacity(&self) -> Result<(v1::Capacity, v1::Budgets), Error> {
         let room = self.service.deps().room.look().await?;
         let budgets = self.service.budgets().await?;
+        let footprint = self.service.deps().vmms.default().capabilities().footprint;
         let capacity = v1::Capacity {
             cpus: room.cpus,
             memory_mib: room.memory.0,
@@ -64,6 +65,9 @@ impl HostApi {
             vcpus: budget(budgets.vcpus),
             slots: budget(budgets.slots),
             low_disk_mib: budgets.low_disk,
+            vmm_memory_mib: budgets.vmm_memory,
+            vmm_memory_each_mib: footprint.of(Vcpus::ONE).0,
+            vmm_memory_vcpu_mib: footprint.memory_per_vcpu.0,
         };
         Ok((capacity, budgets))
     }

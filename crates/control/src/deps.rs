@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clawpot_core::VmmKind;
-use clawpot_core::admission::Policy;
+use clawpot_core::admission::{Footprint, Policy};
 use clawpot_core::plan::Limits;
 use clawpot_core::ports::{Clock, Console, EventLog, Guest, HostRoom, Ids, Images, Net, StateStore, Vmm};
+use clawpot_core::{VmRecord, VmmKind};
 use clawpot_types::{Error, Kind, MiB, Millis, Result, Vcpus};
 
 #[derive(Clone)]
@@ -61,6 +61,14 @@ impl Vmms {
             Error::new(Kind::Unsupported, format!("VMM {kind}: this server cannot run it"))
                 .hint(format!("start the server where {kind} is installed, or delete the VM"))
         })
+    }
+
+    /// What the VMM that runs the VM, or will, takes beside the guest's memory. One that this server does not have is taken
+    /// for the default.
+    #[must_use]
+    pub fn footprint(&self, record: &VmRecord) -> Footprint {
+        let own = record.vmm.as_ref().and_then(|choice| self.all.get(&choice.kind));
+        own.unwrap_or_else(|| self.default()).capabilities().footprint
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Arc<dyn Vmm>> {

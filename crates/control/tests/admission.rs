@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use clawpot_control::service::create::CreateVm;
-use clawpot_core::admission::Room;
+use clawpot_core::admission::{Footprint, Room};
 use clawpot_core::{Phase, RestartPolicy};
 use clawpot_testkit::{Injection, Method};
 use clawpot_types::{ImageRef, Kind, MiB, Retry};
@@ -186,6 +186,30 @@ async fn two_at_the_same_moment_cannot_both_have_the_last() {
         let error = refused(house.try_create("", &wanted("more")).await);
         assert_eq!(error.kind(), Kind::Exhausted);
     }
+}
+
+/// 921 MiB: seven guests of 128 MiB, or five with VMMs that take 30 MiB each.
+#[tokio::test(start_paused = true)]
+async fn what_vmms_take_counts() {
+    let house = House::with_slots(64).await;
+    house.host.set_room(small_room());
+    house.host.set_footprint(Footprint { memory: MiB(20), memory_per_vcpu: MiB(10) });
+    let mut ids = Vec::new();
+    for n in 0..5 {
+        ids.push(house.running(&format!("vm-{n}")).await);
+    }
+    let budgets = house.service().budgets().await.unwrap();
+    assert_eq!((budgets.memory.used, budgets.vmm_memory), (5 * 158, 5 * 30));
+    let error = refused(house.try_create("", &wanted("more")).await);
+    assert_eq!(
+        error.to_string(),
+        "create: memory: 158 MiB asked (128 for the guest, 30 for its VMM), 131 MiB free of 921 MiB for VMs"
+    );
+    // One at rest has neither.
+    house.stop(&ids[0]).await;
+    let budgets = house.service().budgets().await.unwrap();
+    assert_eq!((budgets.memory.used, budgets.vmm_memory), (4 * 158, 4 * 30));
+    house.running("more").await;
 }
 
 #[tokio::test(start_paused = true)]

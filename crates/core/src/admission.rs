@@ -2,6 +2,7 @@
 //!
 //! - A VM holds its disk and its slot from create to gone, memory and vCPUs while it may have a machine: [`Claim::of`].
 //! - What may be held in all follows from what the host has and how much of it may be promised: [`Policy`].
+//! - To the memory that its guest is given comes what its VMM needs itself: [`Footprint`].
 //! - Disks are sparse: their sum is a promise, the watermark is about what is really there. Below it nothing is created or
 //!   started, so that what guests write cannot take the room that records and logs need.
 //!
@@ -9,7 +10,7 @@
 
 use std::fmt;
 
-use clawpot_types::{Error, Kind, MiB};
+use clawpot_types::{Error, Kind, MiB, Vcpus};
 
 use crate::{Desired, Phase, VmRecord, VmSpec};
 
@@ -48,10 +49,31 @@ pub struct Room {
     pub disk_free: MiB,
 }
 
+/// Memory that a VMM takes beside its guest's, as a rule: what was measured, of a guest at work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    pub memory: MiB,
+    pub memory_per_vcpu: MiB,
+}
+
+impl Footprint {
+    /// A fake's, that takes nothing.
+    pub const NONE: Self = Self { memory: MiB(0), memory_per_vcpu: MiB(0) };
+
+    #[must_use]
+    pub fn of(self, vcpus: Vcpus) -> MiB {
+        let per_vcpu = self.memory_per_vcpu.0.saturating_mul(vcpus.get().into());
+        MiB(self.memory.0.saturating_add(per_vcpu))
+    }
+}
+
 /// What VMs hold, or one would.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Claim {
+    /// Of guests and their VMMs.
     pub memory: u64,
+    /// Of it, the VMMs'.
+    pub vmm_memory: u64,
     pub disk: u64,
     pub vcpus: u64,
     pub slots: u64,
@@ -60,26 +82,29 @@ pub struct Claim {
 impl Claim {
     /// Of a VM that runs, or is to.
     #[must_use]
-    pub fn whole(spec: &VmSpec) -> Self {
-        Self { memory: spec.memory.0, vcpus: spec.vcpus.get().into(), ..Self::at_rest(spec) }
+    pub fn whole(spec: &VmSpec, vmm: Footprint) -> Self {
+        let MiB(vmm_memory) = vmm.of(spec.vcpus);
+        let memory = spec.memory.0.saturating_add(vmm_memory);
+        Self { memory, vmm_memory, vcpus: spec.vcpus.get().into(), ..Self::at_rest(spec) }
     }
 
     /// Of a VM that has no machine.
     #[must_use]
     pub fn at_rest(spec: &VmSpec) -> Self {
-        Self { memory: 0, disk: spec.disk.0, vcpus: 0, slots: 1 }
+        Self { disk: spec.disk.0, slots: 1, ..Self::default() }
     }
 
     /// Of a VM as it is.
     #[must_use]
-    pub fn of(record: &VmRecord) -> Self {
-        if may_have_machine(record) { Self::whole(&record.spec) } else { Self::at_rest(&record.spec) }
+    pub fn of(record: &VmRecord, vmm: Footprint) -> Self {
+        if may_have_machine(record) { Self::whole(&record.spec, vmm) } else { Self::at_rest(&record.spec) }
     }
 
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
         Self {
             memory: self.memory.saturating_add(other.memory),
+            vmm_memory: self.vmm_memory.saturating_add(other.vmm_memory),
             disk: self.disk.saturating_add(other.disk),
             vcpus: self.vcpus.saturating_add(other.vcpus),
             slots: self.slots.saturating_add(other.slots),
@@ -118,6 +143,8 @@ impl Budget {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budgets {
     pub memory: Budget,
+    /// Of the memory used, the VMMs'.
+    pub vmm_memory: u64,
     pub disk: Budget,
     pub vcpus: Budget,
     pub slots: Budget,
@@ -133,6 +160,7 @@ impl Budgets {
     pub fn new(policy: &Policy, room: &Room, slots: u32, held: Claim) -> Self {
         Self {
             memory: Budget { limit: percent(room.memory.0, policy.memory_percent), used: held.memory },
+            vmm_memory: held.vmm_memory,
             disk: Budget { limit: percent(room.disk.0, policy.disk_percent), used: held.disk },
             vcpus: Budget { limit: percent(room.cpus.into(), policy.vcpu_percent), used: held.vcpus },
             slots: Budget { limit: slots.into(), used: held.slots },
@@ -144,7 +172,8 @@ impl Budgets {
     /// Whether `asked` fits beside what is held. The first resource that is short is told.
     pub fn admit(&self, asked: Claim) -> Result<(), Short> {
         if self.disk_free < self.low_disk {
-            return Err(Short { resource: Resource::FreeDisk, asked: self.low_disk, of: self.watermark() });
+            let (asked, of) = (self.low_disk, self.watermark());
+            return Err(Short { resource: Resource::FreeDisk, asked, vmm_memory: 0, of });
         }
         let all = [
             (Resource::Memory, asked.memory, self.memory),
@@ -154,7 +183,7 @@ impl Budgets {
         ];
         // What asks for none of it is not kept out by others' having too much.
         match all.into_iter().find(|(_, asked, of)| *asked > 0 && *asked > of.free()) {
-            Some((resource, asked, of)) => Err(Short { resource, asked, of }),
+            Some((resource, needs, of)) => Err(Short { resource, asked: needs, vmm_memory: asked.vmm_memory, of }),
             None => Ok(()),
         }
     }
@@ -183,15 +212,24 @@ pub enum Resource {
 pub struct Short {
     pub resource: Resource,
     pub asked: u64,
+    /// Of the memory asked, the VMM's.
+    pub vmm_memory: u64,
     pub of: Budget,
 }
 
 impl fmt::Display for Short {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { asked, of, .. } = self;
+        let Self { asked, vmm_memory, of, .. } = self;
         let (free, limit) = (of.free(), of.limit);
         match self.resource {
-            Resource::Memory => write!(f, "memory: {asked} MiB asked, {free} MiB free of {limit} MiB for VMs"),
+            Resource::Memory => {
+                let guest = asked.saturating_sub(*vmm_memory);
+                let parts = match vmm_memory {
+                    0 => String::new(),
+                    _ => format!(" ({guest} for the guest, {vmm_memory} for its VMM)"),
+                };
+                write!(f, "memory: {asked} MiB asked{parts}, {free} MiB free of {limit} MiB for VMs")
+            }
             Resource::Vcpus => write!(f, "vCPUs: {asked} asked, {free} free of {limit} for VMs"),
             Resource::Disk => write!(f, "disk: {asked} MiB asked, {free} MiB free of {limit} MiB for VMs"),
             Resource::Slots => write!(f, "slots: all {limit} network slots of this server are taken"),

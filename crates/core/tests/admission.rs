@@ -4,7 +4,7 @@
 
 mod support;
 
-use clawpot_core::admission::{Budgets, Claim, Policy, Resource, Room, may_have_machine};
+use clawpot_core::admission::{Budgets, Claim, Footprint, Policy, Resource, Room, may_have_machine};
 use clawpot_core::{Desired, Phase, Restart, RestartPolicy};
 use clawpot_types::{Error, Kind, MiB, Retry, Vcpus};
 use proptest::prelude::*;
@@ -22,12 +22,14 @@ fn room() -> Room {
     }
 }
 
+const VMM: Footprint = Footprint { memory: MiB(100), memory_per_vcpu: MiB(8) };
+
 fn budgets(held: Claim) -> Budgets {
     Budgets::new(&Policy::default(), &room(), 8, held)
 }
 
 fn claim(memory: u64, disk: u64, vcpus: u64, slots: u64) -> Claim {
-    Claim { memory, disk, vcpus, slots }
+    Claim { memory, vmm_memory: 0, disk, vcpus, slots }
 }
 
 #[test]
@@ -77,6 +79,8 @@ fn a_refusal_names_what_was_asked_what_is_free_and_what_to_do() {
     for asked in [claim(2 * GIB, 0, 1, 1), claim(0, 4 * GIB, 1, 1), claim(0, 0, 2, 1), claim(0, 0, 0, 2)] {
         tell(&budgets(held).admit(asked).unwrap_err().error("create"));
     }
+    let vmm = Claim { vmm_memory: 108, ..claim(1024 + 108, 0, 1, 1) };
+    tell(&budgets(held).admit(vmm).unwrap_err().error("create"));
     let low = Budgets::new(&Policy::default(), &Room { disk_free: MiB(9 * GIB), ..room() }, 8, held);
     tell(&low.admit(claim(1, 1, 1, 1)).unwrap_err().error("VM web: start"));
     insta::assert_snapshot!(told);
@@ -95,9 +99,10 @@ fn what_a_vm_holds_follows_from_its_phase() {
             }
             let holds = if may_have_machine(&record) { "all" } else { "disk and slot" };
             table.push_str(&format!("{phase}, {desired:?} wanted: {holds}\n").to_lowercase());
-            let claim = Claim::of(&record);
+            let claim = Claim::of(&record, VMM);
             assert_eq!((claim.disk, claim.slots), (4096, 1), "until it is gone");
-            assert_eq!(claim.memory > 0, may_have_machine(&record));
+            let memory = if may_have_machine(&record) { (256 + 108, 108) } else { (0, 0) };
+            assert_eq!((claim.memory, claim.vmm_memory), memory, "what its VMM takes is held with it");
             assert_eq!(claim.vcpus > 0, may_have_machine(&record));
         }
     }
@@ -131,7 +136,10 @@ fn nothing_overflows() {
     assert!(budgets.admit(claim(1, 1, 1, 1)).is_err());
     let mut spec = support::record().spec;
     spec.vcpus = Vcpus::try_from(32).unwrap();
-    assert_eq!(Claim::whole(&spec).vcpus, 32);
+    let whole = Claim::whole(&spec, VMM);
+    assert_eq!((whole.vcpus, whole.vmm_memory), (32, 100 + 32 * 8));
+    let huge = Footprint { memory: MiB(u64::MAX), memory_per_vcpu: MiB(u64::MAX) };
+    assert_eq!(Claim::whole(&spec, huge).memory, u64::MAX);
 }
 
 proptest! {

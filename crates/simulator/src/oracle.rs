@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clawpot_control::records::{name_key, slot_key};
 use clawpot_control::service::create::Request;
-use clawpot_core::admission::Claim;
+use clawpot_core::admission::{Claim, Footprint};
 use clawpot_core::ports::{Op, Txn};
 use clawpot_core::{Desired, Phase, VmRecord};
 use clawpot_testkit::FakeHost;
@@ -257,7 +257,7 @@ impl State {
     /// MiB. A VM that is being deleted is counted by the server, and may have been at rest.
     fn held(&self) -> u64 {
         let stay = self.vms.values().filter(|seen| seen.record.phase != Phase::Deleting);
-        stay.map(|seen| Claim::of(&seen.record).memory).sum()
+        stay.map(|seen| Claim::of(&seen.record, Footprint::NONE).memory).sum()
     }
 
     fn appeared(&self, record: &VmRecord, txn: &Txn, wrong: &mut Vec<String>) {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use clawpot_core::admission::Room;
+use clawpot_core::admission::{Footprint, Room};
 use clawpot_core::{MachineId, VmmEnd};
 use clawpot_types::{Digest, ExecId, MiB, Slot, VmId};
 use tokio::sync::Notify;
@@ -44,6 +44,8 @@ pub struct FakeHost {
 pub(crate) struct Inventory {
     pub(crate) boot_id: String,
     pub(crate) room: Room,
+    /// Of each VMM.
+    pub(crate) footprint: Footprint,
     pub(crate) boot: Boot,
     pub(crate) shutdown: Shutdown,
     pub(crate) slot_count: u32,
@@ -99,6 +101,7 @@ impl FakeHost {
         let inventory = Inventory {
             boot_id: "boot-1".to_owned(),
             // More than any test takes that does not say what there is.
+            footprint: Footprint::NONE,
             room: Room {
                 cpus: 1 << 20,
                 memory: MiB(1 << 30),
@@ -132,6 +135,11 @@ impl FakeHost {
     /// What the host has from now on.
     pub fn set_room(&self, room: Room) {
         self.lock().room = room;
+    }
+
+    /// What VMMs take beside their guests' memory from now on. Nothing, unless a test is about it.
+    pub fn set_footprint(&self, footprint: Footprint) {
+        self.lock().footprint = footprint;
     }
 
     #[must_use]

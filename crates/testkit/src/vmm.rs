@@ -42,7 +42,8 @@ pub(crate) fn endpoint(id: &MachineId) -> GuestEndpoint {
 #[async_trait]
 impl Vmm for FakeVmm {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { kind: VmmKind::Qemu, version: "fake".to_owned(), snapshots: false }
+        let footprint = self.host.lock().footprint;
+        Capabilities { kind: VmmKind::Qemu, version: "fake".to_owned(), snapshots: false, footprint }
     }
 
     async fn prepare(&self, machine: &Machine) -> Result<()> {

@@ -34,11 +34,14 @@ impl HostService for Service {
             }),
             started_at: Some(prost_types::Timestamp { seconds: 1_795_256_340, nanos: 0 }),
             budgets: Some(Budgets {
-                memory_mib: Some(Budget { limit: 21_600, used: 768, free: 20_832 }),
+                memory_mib: Some(Budget { limit: 21_600, used: 1_416, free: 20_184 }),
                 disk_mib: Some(Budget { limit: 400_000, used: 12_288, free: 387_712 }),
                 vcpus: Some(Budget { limit: 32, used: 3, free: 29 }),
                 slots: Some(Budget { limit: 1_024, used: 3, free: 1_021 }),
                 low_disk_mib: 10_000,
+                vmm_memory_mib: 648,
+                vmm_memory_each_mib: 216,
+                vmm_memory_vcpu_mib: 16,
             }),
         }))
     }

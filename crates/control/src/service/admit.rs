@@ -48,7 +48,7 @@ impl Service {
         // What the VM itself holds already, it holds in any case.
         let held = self.held(&promised, Some(&record.id));
         let budgets = Budgets::new(&self.deps.settings.admission, &room, self.deps.net.slots(), held);
-        let asked = Claim::whole(&record.spec);
+        let asked = Claim::whole(&record.spec, self.deps.vmms.footprint(record));
         budgets.admit(asked).map_err(|short| short.error(doing))?;
         promised.insert(record.id.clone(), asked);
         Ok(Promise { ledger: ledger.clone(), id: record.id.clone() })
@@ -74,7 +74,7 @@ impl Service {
             }
             held = held.and(match (promised, &row) {
                 (Some(promised), _) => promised,
-                (None, Row::Known { record, .. }) => Claim::of(record),
+                (None, Row::Known { record, .. }) => Claim::of(record, self.deps.vmms.footprint(record)),
                 (None, Row::Unreadable { .. }) => Claim { slots: 1, ..Claim::default() },
             });
         }

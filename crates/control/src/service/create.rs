@@ -152,7 +152,8 @@ impl Service {
     fn free_slot(&self) -> Result<Slot> {
         self.next_slot().ok_or_else(|| {
             let limit = self.deps.net.slots().into();
-            Short { resource: Resource::Slots, asked: 1, of: Budget { limit, used: limit } }.error("create")
+            Short { resource: Resource::Slots, asked: 1, vmm_memory: 0, of: Budget { limit, used: limit } }
+                .error("create")
         })
     }
 

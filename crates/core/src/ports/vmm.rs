@@ -2,6 +2,7 @@ use async_trait::async_trait;
 use clawpot_types::{GuestPath, MiB, Result, Vcpus, VmName};
 
 use super::{BootFiles, BoxStream, GuestEndpoint, Seat};
+use crate::admission::Footprint;
 use crate::record::VmmChoice;
 use crate::{Fact, MachineId, VmmFact, VmmKind};
 
@@ -64,6 +65,8 @@ pub struct Capabilities {
     pub kind: VmmKind,
     pub version: String,
     pub snapshots: bool,
+    /// What it takes beside its guests' memory.
+    pub footprint: Footprint,
 }
 
 impl Capabilities {

@@ -69,7 +69,7 @@ struct Inner {
     cgroups: Cgroups,
     /// What this host cannot limit a machine by.
     unlimited: Vec<Missing>,
-    confiner: Confiner,
+    confiner: Confiner<Cgroup>,
     consoles: Consoles,
     relays: Relays,
     /// Processes that this daemon started; how they end is known.
@@ -236,7 +236,7 @@ impl Jails {
         Ok(())
     }
 
-    /// Off the caller's path.
+    /// Off the caller's path. A machine that cannot be limited is ended; [`Self::inspect`] says why.
     fn confine(&self, id: &MachineId) -> Result<()> {
         if self.inner.cgroups.is_hybrid() {
             self.inner.confiner.confine(id, self.jail(id)?.cgroup);
@@ -258,6 +258,10 @@ impl Jails {
     pub async fn inspect(&self, id: &MachineId) -> Fact<VmmFact> {
         let look = self.jail(id).and_then(|jail| self.look(&jail));
         let Ok(Some(VmmFact::Exited { .. })) = &look else { return Fact::from_look(look) };
+        // Better known than by the signal that it died of.
+        if let Some(why) = self.inner.confiner.gave_up(id) {
+            return Fact::Present(VmmFact::Exited { how: VmmEnd::Unseen(why) });
+        }
         // The group is empty a moment before the process can be reaped.
         let child = self.children().get(id).cloned();
         match child {
@@ -326,6 +330,7 @@ impl Jails {
         failpoint::reached(Point::VmmGroupGone);
         self.children().remove(id);
         self.halted().remove(id);
+        self.inner.confiner.forget(id);
         Ok(())
     }
 
