@@ -1,16 +1,21 @@
 //! The daemon.
 //!
 //! - [`config`] settings · [`app`] the composition root: the only place that names a driver · [`api`] the doors
-//! - [`vmms`] Firecracker or QEMU · [`resolver`] kept alive · [`room`] what the host has · [`serve`] what listens, and how it ends · [`socket`] Unix sockets · [`metrics`] · [`chance`] clock and randomness
+//! - [`vmms`] Firecracker or QEMU · [`resolver`] kept alive · [`room`] what the host has · [`serve`] what listens, and how it ends
+//! - [`socket`] Unix sockets · [`entrance`] connections · [`limits`] what clients may send and hold · [`shares`] who holds how much
+//! - [`metrics`] · [`chance`] clock and randomness
 
 mod api;
 mod app;
 mod chance;
 mod config;
+mod entrance;
+mod limits;
 mod metrics;
 mod resolver;
 mod room;
 mod serve;
+mod shares;
 mod socket;
 mod vmms;
 

@@ -17,9 +17,10 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
-use tokio::net::UnixListener;
 use tokio::sync::broadcast::error::RecvError;
 use tracing::warn;
+
+use crate::entrance::Entrance;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct InPhase {
@@ -110,7 +111,7 @@ impl Metrics {
 }
 
 /// Serves until dropped.
-pub async fn serve(listener: UnixListener, metrics: Arc<Metrics>) {
+pub async fn serve(listener: Entrance, metrics: Arc<Metrics>) {
     let app = Router::new().route("/metrics", get(scrape)).with_state(metrics);
     if let Err(error) = axum::serve(listener, app).await {
         warn!(%error, "metrics: no longer served");

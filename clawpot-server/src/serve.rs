@@ -8,31 +8,20 @@ use clawpot_common::v1::image_service_server::ImageServiceServer;
 use clawpot_common::v1::vm_service_server::VmServiceServer;
 use clawpot_common::{CONNECTION_WINDOW, DESCRIPTORS, MAX_MESSAGE_BYTES, STREAM_WINDOW};
 use clawpot_types::{Error, Kind, Result};
-use futures_util::TryStreamExt as _;
-use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tracing::{info, warn};
 
-use crate::api::access::{Doors, Peer};
+use crate::api::access::Doors;
 use crate::api::event::EventApi;
+use crate::api::guard::Guard;
 use crate::api::host::HostApi;
 use crate::api::image::ImageApi;
 use crate::api::vm::VmApi;
 use crate::config::{Config, OnStop};
+use crate::entrance::Entrance;
 use crate::metrics::Metrics;
-use crate::{app, metrics, socket};
-
-/// Requests in flight on one connection. A CLI has two.
-const STREAMS_PER_CONNECTION: u32 = 256;
-/// A request's headers, bytes: a path and some words of gRPC.
-const MAX_HEADER_BYTES: u32 = 16 << 10;
-/// A message to a service that is only asked something, bytes.
-const MAX_QUESTION_BYTES: usize = 64 << 10;
-
-/// A piece of an archive that is imported: the CLI's have 256 KiB.
-const MAX_PIECE_BYTES: usize = 512 << 10;
+use crate::{app, limits, metrics, socket};
 
 pub async fn serve(config: Config) -> Result<()> {
     let group = socket::group(config.group.as_deref())?;
@@ -44,14 +33,14 @@ pub async fn serve(config: Config) -> Result<()> {
 
     let metrics = Metrics::new(app.service.clone());
     let follow = tokio::spawn(metrics.clone().follow());
-    let scraped = tokio::spawn(metrics::serve(scrape, metrics));
+    let scraped = tokio::spawn(metrics::serve(Entrance::metrics(scrape, doors.own), metrics));
     info!(socket = %config.socket.display(), "ready");
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         warn!(%error, "telling systemd that the server is ready");
     }
 
     let ended = tokio::select! {
-        served = answer(api, doors, &app) => served,
+        served = answer(Entrance::api(api, doors.own), doors, &app) => served,
         _ = term.recv() => Ok(()),
         _ = int.recv() => Ok(()),
     };
@@ -68,7 +57,7 @@ pub async fn serve(config: Config) -> Result<()> {
     ended.and(drained).and(closed)
 }
 
-async fn answer(listener: UnixListener, doors: Doors, app: &app::App) -> Result<()> {
+async fn answer(entrance: Entrance, doors: Doors, app: &app::App) -> Result<()> {
     let (service, about) = (app.service.clone(), app.about.clone());
     let library = Arc::new(app.library.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -78,23 +67,24 @@ async fn answer(listener: UnixListener, doors: Doors, app: &app::App) -> Result<
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .map_err(|error| Error::new(Kind::Internal, "API: preparing reflection").because(error))?;
+    // Each call's own limit is the guard's; this is only not to be in its way.
     let vm = VmServiceServer::new(VmApi { service: service.clone() }).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let events = EventServiceServer::new(EventApi { service: service.clone() });
     let host = HostServiceServer::new(HostApi { service: service.clone(), about });
     let images = ImageServiceServer::new(ImageApi { service, library });
     Server::builder()
-        .layer(doors)
+        .layer(Guard::new(doors))
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_concurrent_streams(STREAMS_PER_CONNECTION)
-        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .max_concurrent_streams(limits::STREAMS_PER_CONNECTION)
+        .http2_max_header_list_size(limits::HEADER_BYTES_READ)
         .add_service(health_service)
         .add_service(reflection)
         .add_service(vm)
-        .add_service(events.max_decoding_message_size(MAX_QUESTION_BYTES))
-        .add_service(host.max_decoding_message_size(MAX_QUESTION_BYTES))
-        .add_service(images.max_decoding_message_size(MAX_PIECE_BYTES))
-        .serve_with_incoming(UnixListenerStream::new(listener).map_ok(Peer::new))
+        .add_service(events)
+        .add_service(host)
+        .add_service(images)
+        .serve_with_incoming(Box::pin(entrance.connections()))
         .await
         .map_err(|error| Error::new(Kind::Internal, "API: no longer served").because(error))
 }

@@ -8,6 +8,10 @@ mod convert;
 #[path = "../../clawpot-server/src/api/validate.rs"]
 mod validate;
 
+#[allow(dead_code, reason = "only part of it is used here")]
+#[path = "../../clawpot-server/src/limits.rs"]
+mod limits;
+
 #[path = "../src/api_requests.rs"]
 mod target;
 

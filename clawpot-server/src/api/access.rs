@@ -4,23 +4,12 @@
 //! own user and members of the socket's group may do everything; the file's mode (0660) keeps others out before that. Tokens
 //! and roles of remote callers will be further kinds of [`Caller`], over the same table.
 
-use std::future::Ready;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
 use clawpot_types::{Error, Kind};
-use futures_util::future::Either;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tonic::Request;
-use tonic::body::Body;
-use tonic::codegen::http;
-use tonic::transport::server::Connected;
-use tower::{Layer, Service};
 use tracing::warn;
-
-use super::status::status;
 
 /// What a caller must be allowed for a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -79,7 +68,7 @@ pub enum Caller {
 }
 
 impl Caller {
-    fn of(stream: &UnixStream) -> Self {
+    pub fn of(stream: &UnixStream) -> Self {
         match stream.peer_cred().and_then(|peer| {
             let mut groups = clawpot_host::unix::peer_groups(stream)?;
             groups.push(peer.gid());
@@ -90,6 +79,15 @@ impl Caller {
                 warn!(%error, "asking the kernel who has connected");
                 Self::Unknown
             }
+        }
+    }
+
+    /// Whose share it takes of what callers share; an unknown one's is a user's whom there cannot be.
+    #[must_use]
+    pub const fn uid(&self) -> u32 {
+        match self {
+            Self::Local { uid, .. } => *uid,
+            Self::Unknown => u32::MAX,
         }
     }
 
@@ -114,12 +112,12 @@ pub struct Doors {
 
 impl Doors {
     /// Whether `caller` may make the call at `path`. `PermissionDenied` says who it was and what to do.
-    fn check(&self, caller: &Caller, path: &str) -> Result<(), Error> {
+    pub fn check(&self, caller: &Caller, path: &str) -> Result<(), Error> {
         let Some(need) = need(path) else {
             let shown: String = path.chars().take(100).collect();
             return Err(Error::new(Kind::Unsupported, format!("{shown}: this server knows no such call")));
         };
-        let call = path.rsplit('/').next().unwrap_or(path);
+        let call = super::guard::call(path);
         match caller {
             _ if need == Need::Nothing => Ok(()),
             Caller::Local { uid, groups }
@@ -142,99 +140,6 @@ impl Doors {
 /// Who calls, for the events.
 pub fn actor<T>(request: &Request<T>) -> String {
     request.extensions().get::<Caller>().map_or_else(|| Caller::Unknown.name(), Caller::name)
-}
-
-/// A connection that knows who opened it. Asked once, at its beginning: what the peer becomes later does not matter.
-#[derive(Debug)]
-pub struct Peer {
-    stream: UnixStream,
-    caller: Caller,
-}
-
-impl Peer {
-    pub fn new(stream: UnixStream) -> Self {
-        Self { caller: Caller::of(&stream), stream }
-    }
-}
-
-impl Connected for Peer {
-    type ConnectInfo = Caller;
-
-    fn connect_info(&self) -> Caller {
-        self.caller.clone()
-    }
-}
-
-impl AsyncRead for Peer {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Peer {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[std::io::IoSlice<'_>],
-    ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-}
-
-impl<S> Layer<S> for Doors {
-    type Service = Guarded<S>;
-
-    fn layer(&self, inner: S) -> Guarded<S> {
-        Guarded { inner, doors: *self }
-    }
-}
-
-/// Looks at who calls what before anything is read of it.
-#[derive(Clone, Debug)]
-pub struct Guarded<S> {
-    inner: S,
-    doors: Doors,
-}
-
-impl<S> Service<http::Request<Body>> for Guarded<S>
-where
-    S: Service<http::Request<Body>, Response = http::Response<Body>>,
-{
-    type Response = http::Response<Body>;
-    type Error = S::Error;
-    type Future = Either<Ready<Result<http::Response<Body>, S::Error>>, S::Future>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let caller = request.extensions().get::<Caller>().unwrap_or(&Caller::Unknown);
-        match self.doors.check(caller, request.uri().path()) {
-            Ok(()) => Either::Right(self.inner.call(request)),
-            Err(refused) => Either::Left(std::future::ready(Ok(status(refused).into_http()))),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -295,13 +200,5 @@ mod tests {
             assert_eq!(doors.check(&local(0, &[]), path).unwrap_err().kind(), Kind::Unsupported, "{path}");
         }
         assert!(doors.check(&Caller::Unknown, "/grpc.health.v1.Health/Check").is_ok());
-    }
-
-    #[tokio::test]
-    async fn the_kernel_tells_who_has_connected() {
-        let (ours, _theirs) = UnixStream::pair().unwrap();
-        let Caller::Local { uid, groups } = Peer::new(ours).connect_info() else { panic!("the kernel knows") };
-        assert_eq!(uid, rustix::process::geteuid().as_raw());
-        assert!(groups.contains(&rustix::process::getegid().as_raw()));
     }
 }

@@ -1,7 +1,7 @@
 //! Exec frames. Every length that a client sends is bounded here.
 
 use bytes::Bytes;
-use clawpot_common::{EXEC_CHUNK, v1};
+use clawpot_common::v1;
 use clawpot_core::exec::{
     ExecAttach, ExecEnd, ExecExited, ExecFailedReason, ExecInput, ExecOutput, ExecStart, Stream, TerminalSize,
 };
@@ -12,10 +12,7 @@ use tokio::sync::oneshot;
 use tonic::{Status, Streaming};
 
 use super::status::status;
-use super::validate::{MAX_CWD, MAX_USER};
-
-/// Arguments, and variables, of one exec. Their bytes are bounded by the message (8 MiB; Linux takes 6).
-const MAX_WORDS: usize = 65_536;
+use crate::limits;
 
 /// Which VM, and its first frame.
 pub struct Opening {
@@ -43,7 +40,7 @@ pub fn opening(frame: Option<v1::ExecInput>) -> Result<Opening> {
 }
 
 /// Why the client's frames are no longer taken.
-pub type Refusal = oneshot::Receiver<Error>;
+pub type Refusal = oneshot::Receiver<Status>;
 
 /// The frames after the first. Only a client that closes its side in order ends them: after a lost connection, or a frame
 /// that is none, nothing comes any more, so that the guest sees the attachment break off and not its input end well.
@@ -56,12 +53,15 @@ pub fn rest(frames: Streaming<v1::ExecInput>) -> (BoxStream<ExecInput>, Refusal)
                 Ok(input) => Some((input, (frames, refuse))),
                 Err(error) => {
                     // Without a receiver the client is gone already.
-                    refuse.send(error).unwrap_or_default();
+                    refuse.send(status(error)).unwrap_or_default();
                     std::future::pending().await
                 }
             },
-            // Dropped with the output, which has lost its reader too.
-            Err(_) => std::future::pending().await,
+            // Too large, or no message at all. Where the client is gone, nobody hears it.
+            Err(broken) => {
+                refuse.send(broken).unwrap_or_default();
+                std::future::pending().await
+            }
         }
     });
     (Box::pin(frames), refusal)
@@ -72,7 +72,7 @@ pub fn answers(output: BoxStream<Result<ExecOutput>>, refusal: Refusal) -> BoxSt
     // A sender that is gone refused nothing.
     let refused = async move {
         match refusal.await {
-            Ok(error) => Err(status(error)),
+            Ok(refused) => Err(refused),
             Err(_) => std::future::pending().await,
         }
     };
@@ -92,16 +92,18 @@ fn start_of(start: v1::ExecStart) -> Result<ExecStart> {
     if start.argv.is_empty() || start.argv[0].is_empty() {
         return Err(bad("start.argv: a program is needed"));
     }
-    if start.argv.len() > MAX_WORDS || start.env.len() > MAX_WORDS {
+    if start.argv.len() > limits::WORDS || start.env.len() > limits::WORDS {
         return Err(bad(&format!(
-            "start: {} arguments, {} variables: at most {MAX_WORDS} of each",
+            "start: {} arguments, {} variables: at most {} of each",
             start.argv.len(),
-            start.env.len()
+            start.env.len(),
+            limits::WORDS
         )));
     }
-    if start.cwd.len() > MAX_CWD || start.user.len() > MAX_USER {
+    if start.cwd.len() > limits::CWD || start.user.len() > limits::USER {
         let (cwd, user) = (start.cwd.len(), start.user.len());
-        return Err(bad(&format!("start: cwd of {cwd} bytes, user of {user}: at most {MAX_CWD} and {MAX_USER}")));
+        let (most, user_most) = (limits::CWD, limits::USER);
+        return Err(bad(&format!("start: cwd of {cwd} bytes, user of {user}: at most {most} and {user_most}")));
     }
     if start.cwd.contains('\0') || start.user.contains('\0') {
         return Err(bad("start: neither cwd nor user may contain a NUL byte"));
@@ -140,7 +142,7 @@ fn input(frame: v1::ExecInput) -> Result<ExecInput> {
     use v1::exec_input::Frame;
     Ok(match frame.frame.ok_or_else(|| bad("an empty frame"))? {
         Frame::Start(_) | Frame::Attach(_) => return Err(bad("only the first frame may be start or attach")),
-        Frame::Stdin(data) if data.data.len() > EXEC_CHUNK * 2 => return Err(bad("stdin: a frame of over 128 KiB")),
+        Frame::Stdin(data) if data.data.len() > limits::STDIN => return Err(bad("stdin: a frame of over 128 KiB")),
         Frame::Stdin(data) => ExecInput::Stdin { offset: data.offset, data: data.data },
         Frame::StdinEnd(end) => ExecInput::StdinEnd { offset: end.offset },
         Frame::Ack(ack) => ExecInput::Ack { stdout: ack.stdout_offset, stderr: ack.stderr_offset },
@@ -235,8 +237,8 @@ mod tests {
             ("nothing", refused(|_| {})),
             ("no program", refused(|start| start.argv.clear())),
             ("an empty program", refused(|start| start.argv = vec![Bytes::new()])),
-            ("65,537 arguments", refused(|start| start.argv = vec!["a".into(); MAX_WORDS + 1])),
-            ("65,537 variables", refused(|start| start.env = vec![var.clone(); MAX_WORDS + 1])),
+            ("65,537 arguments", refused(|start| start.argv = vec!["a".into(); limits::WORDS + 1])),
+            ("65,537 variables", refused(|start| start.env = vec![var.clone(); limits::WORDS + 1])),
             ("an argument with a NUL", refused(|start| start.argv.push(Bytes::from_static(b"a\0b")))),
             ("a variable without a name", refused(|start| start.env.push(v1::EnvVar::default()))),
             ("a cwd of 4097", refused(|start| start.cwd = "/".repeat(4097))),
@@ -250,8 +252,8 @@ mod tests {
                     start.size = Some(v1::TerminalSize { rows: 65_536, columns: 80 });
                 }),
             ),
-            ("stdin of 128 KiB", frame(Frame::Stdin(v1::ExecData { offset: 0, data: vec![0; EXEC_CHUNK * 2].into() }))),
-            ("a byte more", frame(Frame::Stdin(v1::ExecData { offset: 0, data: vec![0; EXEC_CHUNK * 2 + 1].into() }))),
+            ("stdin of 128 KiB", frame(Frame::Stdin(v1::ExecData { offset: 0, data: vec![0; limits::STDIN].into() }))),
+            ("a byte more", frame(Frame::Stdin(v1::ExecData { offset: 0, data: vec![0; limits::STDIN + 1].into() }))),
             ("signal 65", frame(Frame::Signal(v1::ExecSignal { number: 65 }))),
             ("a second start", frame(Frame::Start(v1::ExecStart::default()))),
         ];

@@ -11,15 +11,13 @@ use clawpot_core::ports::{
 };
 use clawpot_types::{Digest, Error, ImageRef, Kind, Result};
 use futures_util::StreamExt as _;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use super::access::actor;
 use super::convert;
 use super::status::status;
-
-/// Longest reference, user or password, bytes: registries' tokens have some kilobytes.
-const MAX_TEXT: usize = 16 << 10;
+use crate::limits;
 
 pub struct ImageApi {
     pub service: Service,
@@ -80,6 +78,7 @@ impl ImageService for ImageApi {
         let archive = parts.map(|part| match part.map(|part| part.part) {
             Ok(Some(Part::Data(bytes))) => Ok(bytes),
             Ok(_) => Err(Error::new(Kind::InvalidArgument, "import: after the first message all must be data")),
+            Err(large) if large.code() == Code::ResourceExhausted => Err(Error::new(Kind::Exhausted, large.message())),
             Err(broken) => Err(Error::new(Kind::Cancelled, "import: the client went away").because(broken)),
         });
         Ok(Response::new(progress(self.library.import(import, Box::pin(archive)))))
@@ -156,10 +155,10 @@ fn name(path: &str, text: &str) -> Result<Option<ImageRef>> {
 }
 
 fn text(path: &str, text: String) -> Result<String> {
-    if text.len() <= MAX_TEXT {
+    if text.len() <= limits::CREDENTIAL {
         return Ok(text);
     }
-    Err(Error::new(Kind::InvalidArgument, format!("{path}: {} bytes, at most {MAX_TEXT}", text.len())))
+    Err(Error::new(Kind::InvalidArgument, format!("{path}: {} bytes, at most {}", text.len(), limits::CREDENTIAL)))
 }
 
 fn at<T>(path: &str, parsed: Result<T>) -> Result<T> {

@@ -2,14 +2,16 @@
 //!
 //! - [`vm`] · [`event`] · [`host`] · [`image`] the services · [`exec`] frames · [`convert`] records as messages
 //! - [`validate`] forms are checked with the field's path in every error · [`status`] one table from errors to statuses
-//! - [`access`] who may call what
+//! - [`access`] who may call what · [`guard`] stands before all of them · [`meter`] counts what comes in
 
 pub mod access;
 pub mod convert;
 pub mod event;
 pub mod exec;
+pub mod guard;
 pub mod host;
 pub mod image;
+mod meter;
 pub mod status;
 pub mod validate;
 pub mod vm;

@@ -4,6 +4,8 @@ use clawpot_types::{Error, Kind};
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
+use crate::limits;
+
 /// Metadata keys of a failed call: what to do next, and whether repeating may help ("never", "later", "after-fix").
 pub const HINT: &str = "clawpot-hint";
 pub const RETRY: &str = "clawpot-retry";
@@ -28,6 +30,9 @@ pub const fn code(kind: Kind) -> Code {
     }
 }
 
+/// After what was cut short.
+const CUT: &str = " […]";
+
 /// First line: which thing, doing what; each further line a cause.
 #[must_use]
 #[allow(clippy::needless_pass_by_value, reason = "made for map_err")]
@@ -42,6 +47,10 @@ pub fn status(error: Error) -> Status {
     if let Some(cleanup) = error.cleanup() {
         message.push_str("\nand cleaning up failed: ");
         message.push_str(&cleanup.chain());
+    }
+    if message.len() > limits::ERROR_BYTES {
+        message.truncate(message.floor_char_boundary(limits::ERROR_BYTES - CUT.len()));
+        message.push_str(CUT);
     }
     let mut status = Status::new(code(error.kind()), message);
     if let Some(hint) = error.next_step() {
@@ -83,5 +92,11 @@ mod tests {
         assert_eq!(status.message(), "VM web: creating its disk\nwriting it\nno space left on device");
         assert_eq!(status.metadata().get(HINT).unwrap(), "free 10 %25 %E2%80%93 now");
         assert_eq!(status.metadata().get(RETRY).unwrap(), "after-fix");
+    }
+
+    #[test]
+    fn an_error_is_no_longer_than_a_header_may_be() {
+        let long = status(Error::new(Kind::Internal, "ü".repeat(limits::ERROR_BYTES)));
+        assert!(long.message().len() <= limits::ERROR_BYTES && long.message().ends_with("ü […]"));
     }
 }

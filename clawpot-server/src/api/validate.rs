@@ -9,13 +9,7 @@ use clawpot_core::{RestartPolicy, VmSpec};
 use clawpot_types::{Error, ImageRef, Kind, Label, MiB, Result, Vcpus};
 
 use super::convert;
-
-/// Environment of a VM: entries, and bytes of all names and values. It is part of the record.
-const MAX_ENV: usize = 256;
-const MAX_ENV_BYTES: usize = 64 << 10;
-/// Longest working directory (`PATH_MAX`) and user (`LOGIN_NAME_MAX`, doubled for "user:group"), bytes.
-pub const MAX_CWD: usize = 4096;
-pub const MAX_USER: usize = 512;
+use crate::limits;
 
 pub fn create(request: v1::CreateVmRequest, settings: &Settings) -> Result<CreateVm> {
     let name = match request.name.as_str() {
@@ -59,8 +53,8 @@ fn vm_spec(spec: v1::VmSpec, settings: &Settings) -> Result<VmSpec> {
     };
     let image: ImageRef = at("spec.image", spec.image.parse())?;
     let env = env(spec.env)?;
-    limit("spec.cwd", spec.cwd.len(), MAX_CWD)?;
-    limit("spec.user", spec.user.len(), MAX_USER)?;
+    limit("spec.cwd", spec.cwd.len(), limits::CWD)?;
+    limit("spec.user", spec.user.len(), limits::USER)?;
     for (path, text) in [("spec.cwd", &spec.cwd), ("spec.user", &spec.user)] {
         if text.contains('\0') {
             return Err(bad(path, "contains a NUL byte".to_owned()));
@@ -70,10 +64,10 @@ fn vm_spec(spec: v1::VmSpec, settings: &Settings) -> Result<VmSpec> {
 }
 
 fn env(vars: Vec<v1::EnvVar>) -> Result<Vec<(String, String)>> {
-    if vars.len() > MAX_ENV {
-        return Err(bad("spec.env", format!("{} entries: at most {MAX_ENV}", vars.len())));
+    if vars.len() > limits::ENV {
+        return Err(bad("spec.env", format!("{} entries: at most {}", vars.len(), limits::ENV)));
     }
-    limit("spec.env", vars.iter().map(|var| var.name.len() + var.value.len()).sum(), MAX_ENV_BYTES)?;
+    limit("spec.env", vars.iter().map(|var| var.name.len() + var.value.len()).sum(), limits::ENV_BYTES)?;
     let text = |bytes: bytes::Bytes, index: usize| {
         String::from_utf8(bytes.into()).map_err(|_| bad(&format!("spec.env[{index}]"), "not UTF-8".to_owned()))
     };

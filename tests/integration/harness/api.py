@@ -113,11 +113,13 @@ class Api:
         request, response = (message_factory.GetMessageClass(kind) for kind in (found.input_type, found.output_type))
         return f"/clawpot.v1.{service}/{method}", request, response
 
-    def call(self, service: str, method: str, timeout: float = 20, **fields: Any) -> Any:
+    def call(
+        self, service: str, method: str, timeout: float = 20, metadata: list[tuple[str, str]] | None = None, **fields: Any
+    ) -> Any:
         """One request, one answer. Raises `grpc.RpcError`."""
         path, request, response = self._classes(service, method)
         return self._channel.unary_unary(path, request.SerializeToString, response.FromString)(
-            request(**fields), timeout=timeout
+            request(**fields), timeout=timeout, metadata=metadata
         )
 
     def stream(self, service: str, method: str, frames: Iterator[dict[str, Any]], timeout: float = 60) -> Iterator[Any]:

@@ -68,6 +68,10 @@ impl Read for Chunks {
             match self.receiver.blocking_recv() {
                 None => return Ok(0),
                 Some(Ok(bytes)) => self.current = bytes,
+                // What is over a limit is said as such.
+                Some(Err(error)) if error.kind() == Kind::Exhausted => {
+                    return Err(io::Error::new(io::ErrorKind::QuotaExceeded, error.chain()));
+                }
                 Some(Err(error)) => return Err(io::Error::other(error.chain())),
             }
         }
