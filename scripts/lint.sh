@@ -55,6 +55,14 @@ python_lints() {
   fi
 }
 
+# The fuzz targets are a workspace of their own. They are checked with the versions that ours is locked to, and without
+# libFuzzer: that is C++, and only needed to run them. The path need not lead anywhere.
+fuzz_lints() {
+  as_builder cp -- "$repo/Cargo.lock" "$repo/fuzz/Cargo.lock"
+  CUSTOM_LIBFUZZER_PATH=$target/no-libfuzzer.a CARGO_TARGET_DIR=$target \
+    cargo_run clippy --manifest-path "$repo/fuzz/Cargo.toml" --bins -- -D warnings
+}
+
 dependency_lints() { cargo_run deny --manifest-path "$repo/Cargo.toml" --offline check licenses bans sources; }
 
 failed=()
@@ -85,6 +93,7 @@ lint "cargo fmt" rust_format
 lint "shellcheck" shell_lints
 lint "ruff" python_lints
 lint "cargo clippy" rust_lints
+lint "fuzz targets" fuzz_lints
 if cargo_run deny --version >/dev/null 2>&1; then
   lint "cargo deny" dependency_lints
 else
