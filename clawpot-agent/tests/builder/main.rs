@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use clawpot_agent::builder::config::Place;
+use clawpot_agent::builder::config::{Device, Place};
 use clawpot_agent::builder::{Builder, Config, serve};
 use clawpot_agent::exec::{Cgroups, Shared, Surroundings};
 use clawpot_agent::reaper::{Reaper, Scope};
@@ -33,6 +33,11 @@ struct Talk {
 
 /// A builder whose nix is `script`, with `$store` and the arguments; `None` without the right to make cgroups.
 async fn room(script: &str) -> Option<Room> {
+    room_with(script, None).await
+}
+
+/// With a disk for the output.
+async fn room_with(script: &str, output: Option<Device>) -> Option<Room> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
     let cgroup2 = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"))?.split(' ').nth(1)?;
@@ -61,7 +66,7 @@ async fn room(script: &str) -> Option<Room> {
     write_script(&nix, &format!("#!/bin/bash\nset -eu\nstore={}\n{script}\n", dir.path().join("store").display()));
     let place = |name: &str| Place { path: dir.path().join(name), device: None };
     let config = Config {
-        output: place("out"),
+        output: Place { device: output, ..place("out") },
         input: place("in"),
         nix: nix.to_str().unwrap().into(),
         store: dir.path().join("store"),
@@ -310,4 +315,53 @@ async fn a_full_output_disk_is_called_that() {
     let message = message(response);
     assert!(message.starts_with("the output disk is full: it has 1 MiB in all, too little for vmlinux"), "{message}");
     assert_eq!(names, ["build.log"]);
+}
+
+#[tokio::test]
+async fn the_output_disk_is_mounted_for_a_build_and_no_longer() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(disk) = LoopDevice::new(&dir.path().join("disk")) else { return };
+    let script =
+        format!("grep -c \" {}/out ext4 rw,nosuid,nodev\" /proc/mounts >&2\n{MACHINE}", "$(dirname \"$store\")");
+    let device = Device { path: disk.0.clone().into(), not: 0 };
+    let Some(room) = room_with(&script, Some(device)).await else { return };
+    let (lines, response) = room.talk().await.build(None).await;
+    assert!(matches!(response, Response::Ok { .. }), "{lines:?} {response:?}");
+    assert_eq!(lines, ["1"]);
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+    assert!(!mounts.contains(room.out("").to_str().unwrap().trim_end_matches('/')), "{mounts}");
+    assert_eq!(std::fs::read_dir(room.out("")).unwrap().count(), 0);
+    // As the host reads it: without mounting.
+    assert_eq!(tool("debugfs", &["-R", "cat /vmlinux", &disk.0]).as_deref(), Some("k\n"));
+    assert!(tool("debugfs", &["-R", "cat /fc-base.json", &disk.0]).unwrap().contains("sha256:"));
+    assert!(tool("e2fsck", &["-fn", &disk.0]).is_some(), "the file system is not clean");
+}
+
+struct LoopDevice(String);
+
+impl LoopDevice {
+    /// An empty ext4 of 16 MiB; `None`, and a line that says so, where that cannot be.
+    fn new(file: &Path) -> Option<Self> {
+        std::fs::File::create(file).unwrap().set_len(16 << 20).unwrap();
+        let path = file.to_str().unwrap();
+        let made = tool("mke2fs", &["-q", "-t", "ext4", path]).and_then(|_| tool("losetup", &["-f", "--show", path]));
+        if made.is_none() {
+            eprintln!("SKIPPED: no mke2fs, or no loop device to be had");
+        }
+        made.map(|name| Self(name.trim().to_owned()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        tool("losetup", &["-d", &self.0]);
+    }
+}
+
+/// Its output, if it succeeded.
+#[allow(clippy::disallowed_methods, reason = "a test's tools; its reaper collects only children of its own")]
+fn tool(name: &str, args: &[&str]) -> Option<String> {
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let done = std::process::Command::new(name).args(args).env("PATH", path).output().ok()?;
+    done.status.success().then(|| String::from_utf8_lossy(&done.stdout).into_owned())
 }
