@@ -17,7 +17,7 @@ from harness.tools import until, within
 REQUIRED = "CLAWPOT_TEST_REQUIRE_TOOLS" in os.environ
 MIB = 1 << 20
 #: The guest's own reading and hashing of some 60 MiB, in an emulator.
-pytestmark = [pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.timeout(within(400))]
 
 
 @pytest.fixture(scope="module")
