@@ -1,6 +1,7 @@
 //! One connection to one machine's agent.
 
 use std::io;
+use std::net::SocketAddrV4;
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
@@ -26,7 +27,7 @@ const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_FOR: Duration = Duration::from_secs(20);
 
 /// What both transports give.
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
 /// An HTTP/2 channel over one connection.
@@ -49,7 +50,7 @@ impl Connection {
 pub async fn dial(endpoint: &GuestEndpoint) -> Result<Connection> {
     let alive = Arc::new(());
     let open = Arc::downgrade(&alive);
-    let stream = TokioIo::new(Watched { stream: Gather::new(stream(endpoint).await?), _alive: alive });
+    let stream = TokioIo::new(Watched { stream: Gather::new(stream(endpoint, None).await?), _alive: alive });
     // Used up by the first call: a channel never connects a second time, it is dropped and dialled anew.
     let mut once = Some(stream);
     let connector = tower::service_fn(move |_| {
@@ -108,12 +109,13 @@ impl AsyncWrite for Watched {
     }
 }
 
-async fn stream(endpoint: &GuestEndpoint) -> Result<Box<dyn Stream>> {
+/// To `port` of the guest, by whichever way there is; `None`: to the agent's.
+pub(crate) async fn stream(endpoint: &GuestEndpoint, port: Option<u16>) -> Result<Box<dyn Stream>> {
     match endpoint {
         GuestEndpoint::Vsock(socket) => {
             let reached = tokio::time::timeout(CONNECT, async {
                 let mut stream = unix::connect(socket).await?;
-                let shaken = connect::connect(&mut stream, AGENT_PORT).await;
+                let shaken = connect::connect(&mut stream, port.map_or(AGENT_PORT, u32::from)).await;
                 // Firecracker closes the connection where the guest has no listener yet.
                 shaken
                     .map_err(|error| Error::new(Kind::Unavailable, "guest agent: CONNECT over vsock").because(error))?;
@@ -122,7 +124,8 @@ async fn stream(endpoint: &GuestEndpoint) -> Result<Box<dyn Stream>> {
             reached.await.unwrap_or_else(|_| Err(Error::new(Kind::Unavailable, "guest agent: no answer over vsock")))
         }
         GuestEndpoint::Tcp { netns, address } => {
-            let stream = netns::connect_tcp_in(netns, *address, CONNECT).await.map_err(not_up_yet)?;
+            let address = SocketAddrV4::new(*address.ip(), port.unwrap_or(address.port()));
+            let stream = netns::connect_tcp_in(netns, address, CONNECT).await.map_err(not_up_yet)?;
             stream.set_nodelay(true).map_err(|error| Error::io("guest agent: setting TCP_NODELAY", error))?;
             // A socket that waits for a dead guest's last acknowledgement would hold its netns for minutes.
             stream.set_zero_linger().map_err(|error| Error::io("guest agent: setting SO_LINGER", error))?;

@@ -105,7 +105,7 @@ impl Builder {
         .await
     }
 
-    fn start(&self) -> Result<(Helper, OwnedFd, File)> {
+    pub(crate) fn start(&self) -> Result<(Helper, OwnedFd, File)> {
         let work = Work::make(&self.cache)?;
         let owners = Owners::claim(Path::new(RANGES_DIR))?;
         std::os::unix::fs::chown(&work.dir, Some(owners.from), Some(owners.from))
@@ -132,7 +132,7 @@ fn stderr() -> Result<File, rustix::io::Errno> {
 }
 
 /// Runs `work` where it may block.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let task = tokio::task::spawn_blocking(work);
     task.await.map_err(|error| Error::new(Kind::Internal, "an image task panicked").because(error))?
 }
@@ -191,7 +191,7 @@ fn dialog(
     }
 }
 
-fn report(socket: &OwnedFd) -> Result<Report> {
+pub(crate) fn report(socket: &OwnedFd) -> Result<Report> {
     match wire::receive(socket)? {
         Some((Report::Failed { kind, what, hint }, _)) => Err(failure(kind, what, hint)),
         Some((report, _)) => Ok(report),
@@ -207,12 +207,12 @@ fn failure(kind: Kind, what: String, hint: Option<String>) -> Error {
     }
 }
 
-fn unexpected(report: &Report) -> Error {
+pub(crate) fn unexpected(report: &Report) -> Error {
     Error::new(Kind::Internal, format!("unpacking: the helper said {report:?}"))
 }
 
 /// What the helper itself told is enough; else how it ended and what it wrote.
-fn blame(error: Error, exit: Exit, stderr: &File) -> Error {
+pub(crate) fn blame(error: Error, exit: Exit, stderr: &File) -> Error {
     if error.kind() != Kind::Internal {
         return error;
     }
@@ -243,19 +243,19 @@ fn blame(error: Error, exit: Exit, stderr: &File) -> Error {
 
 /// A helper that lives, or its files. Dropping it kills it and removes them.
 #[derive(Debug)]
-struct Helper {
+pub(crate) struct Helper {
     child: Option<Child>,
     work: Option<Work>,
-    owners: Owners,
+    pub(crate) owners: Owners,
 }
 
 impl Helper {
-    fn child(&self) -> Result<&Child> {
+    pub(crate) fn child(&self) -> Result<&Child> {
         self.child.as_ref().ok_or_else(|| Error::new(Kind::Internal, "the helper is gone"))
     }
 
     /// It has ended: nothing is left but its files.
-    fn done(mut self) -> Result<(Work, Owners)> {
+    pub(crate) fn done(mut self) -> Result<(Work, Owners)> {
         self.child = None;
         let work = self.work.take().ok_or_else(|| Error::new(Kind::Internal, "the helper's files are gone"))?;
         Ok((work, self.owners.clone()))
@@ -341,8 +341,8 @@ pub fn sweep(cache: &Path) -> Result<usize> {
 
 /// A range of owners that no other helper of this host has.
 #[derive(Clone, Debug)]
-struct Owners {
-    from: u32,
+pub(crate) struct Owners {
+    pub(crate) from: u32,
     _held: std::sync::Arc<Lock>,
 }
 
@@ -366,7 +366,7 @@ impl Owners {
     }
 
     /// Gives them to the user namespace of the process `pid`, a child of ours that waits for it.
-    fn map(&self, pid: u32) -> Result<()> {
+    pub(crate) fn map(&self, pid: u32) -> Result<()> {
         for kind in ["uid_map", "gid_map"] {
             let path = format!("/proc/{pid}/{kind}");
             let line = format!("0 {} {OWNERS}\n", self.from);
@@ -381,7 +381,7 @@ impl Owners {
 }
 
 /// The directory is root's again, and nobody else's to enter.
-fn take_back(dir: &Path) -> Result<()> {
+pub(crate) fn take_back(dir: &Path) -> Result<()> {
     std::os::unix::fs::chown(dir, Some(0), Some(0))
         .and_then(|()| std::fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)))
         .map_err(|error| Error::io(format!("taking over {}", dir.display()), error))
@@ -390,9 +390,16 @@ fn take_back(dir: &Path) -> Result<()> {
 /// Takes the file over from the helper, which has ended and had nobody to leave it open to.
 fn finish(work: Work, making: Making) -> Result<Made> {
     let path = work.dir.join(ROOTFS);
+    let (digest, size) = take_over(&path)?;
+    let Making { devices, xattrs } = making;
+    Ok(Made { path, digest, size, devices, xattrs, _work: work })
+}
+
+/// Makes root's what a helper that has ended left at `path`: its digest and size. Synced.
+pub(crate) fn take_over(path: &Path) -> Result<(Digest, u64)> {
     let what = || format!("taking over {}", path.display());
     let flags = i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or_default();
-    let file = std::fs::OpenOptions::new().read(true).write(true).custom_flags(flags).open(&path);
+    let file = std::fs::OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
     let file = file.map_err(|error| Error::io(what(), error))?;
     let meta = file.metadata().map_err(|error| Error::io(what(), error))?;
     if !meta.is_file() || meta.nlink() != 1 {
@@ -411,8 +418,7 @@ fn finish(work: Work, making: Making) -> Result<Made> {
         Ok(synced) => synced.map_err(|error| Error::io(format!("syncing {}", path.display()), error))?,
         Err(_) => return Err(Error::new(Kind::Internal, "a syncing thread panicked")),
     }
-    let Making { devices, xattrs } = making;
-    Ok(Made { path, digest, size: meta.len(), devices, xattrs, _work: work })
+    Ok((digest, meta.len()))
 }
 
 /// The beginning of an ext4 or erofs, told apart by their magic numbers.

@@ -6,6 +6,7 @@
 //! - [`store`] where they are, names and digests to manifests; [`write`] changes to it; [`gc`] mark and sweep
 //! - [`refs`] who uses what, across processes; [`lock`] locks between them
 //! - [`build`] layers to a file system, by way of [`unpack`], a process of its own: `clawpot-unpack`
+//! - [`Bench`] the `Workbench` port: images that are built of flakes
 //! - [`verify`] files are what their digest says; each is read once, not once a VM
 //! - [`disks`] VMs' writable disks, cloned from a formatted template
 //!
@@ -15,6 +16,7 @@
 pub mod build;
 pub mod disks;
 mod driver;
+mod flake;
 pub mod gc;
 mod library;
 pub mod lock;
@@ -27,4 +29,5 @@ pub mod verify;
 pub mod write;
 
 pub use driver::{Kernel, LocalImages};
+pub use flake::Bench;
 pub use library::{Library, Room};

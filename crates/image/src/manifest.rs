@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use clawpot_core::ports::{ImageConfig, ImageSource, MachineDefaults};
+use clawpot_core::ports::{ImageConfig, ImageSource, MachineDefaults, Revision};
 use clawpot_types::{Digest, Error, Kind, MiB, Result, Timestamp, Vcpus};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -59,6 +59,9 @@ pub struct Manifest {
     pub machine: Option<Machine>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
+    /// How it was built of a flake.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<Revision>,
 }
 
 /// Of commands. The first manifests may lack it.

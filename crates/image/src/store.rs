@@ -178,6 +178,7 @@ fn detail(name: String, names: Vec<String>, digest: Digest, manifest: &Manifest)
         machine: manifest.machine.as_ref().map(Into::into).unwrap_or_default(),
         kernel: manifest.kernel.as_ref().map(|kernel| kernel.digest.clone()),
         source: manifest.source.as_ref().map(Into::into),
+        revision: manifest.revision.clone(),
     }
 }
 

@@ -148,7 +148,14 @@ impl Store {
         };
         let Ok(digest) = String::from_utf8_lossy(&bytes).trim().parse::<Digest>() else { return Ok(None) };
         match self.by_digest(&digest) {
-            Ok(manifest) if self.is_there(&manifest.rootfs.blob) => Ok(Some((digest, manifest))),
+            Ok(manifest)
+                if [Some(&manifest.rootfs.blob), manifest.kernel.as_ref()]
+                    .into_iter()
+                    .flatten()
+                    .all(|blob| self.is_there(blob)) =>
+            {
+                Ok(Some((digest, manifest)))
+            }
             Ok(_) => Ok(None),
             Err(error) if error.kind() == Kind::NotFound => Ok(None),
             Err(error) => Err(error),

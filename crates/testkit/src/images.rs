@@ -53,7 +53,15 @@ impl Images for FakeImages {
             format: "ext4".to_owned(),
         };
         let (config, machine) = (ImageConfig::default(), MachineDefaults::default());
-        Ok(ImageDetail { info, names: vec![image.to_string()], config, machine, kernel: None, source: None })
+        Ok(ImageDetail {
+            info,
+            names: vec![image.to_string()],
+            config,
+            machine,
+            kernel: None,
+            source: None,
+            revision: None,
+        })
     }
 
     async fn look(&self, pin: &ImagePin) -> Result<Option<()>> {

@@ -208,6 +208,8 @@ pub struct ImageDetail {
     /// Its own kernel; `None`: the host's.
     pub kernel: Option<Digest>,
     pub source: Option<ImageSource>,
+    /// How it was built of a flake.
+    pub revision: Option<super::Revision>,
 }
 
 /// Where it came from.

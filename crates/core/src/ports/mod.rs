@@ -3,6 +3,7 @@
 //! On every method: effects are idempotent, a dropped future leaves at most what the next call of the same method finds
 //! and completes, and a driver that cannot do a thing returns `Kind::Unsupported`, never `Ok(())`.
 
+mod build;
 mod guest;
 mod host;
 mod images;
@@ -10,6 +11,7 @@ mod net;
 mod store;
 mod vmm;
 
+pub use build::{BuildName, BuildOrder, BuilderGuest, BuilderSays, FlakeSource, Revision, Source, Workbench};
 pub use guest::{Guest, GuestEndpoint, Hello};
 pub use host::{Clock, HostRoom, Ids};
 pub use images::{

@@ -114,6 +114,7 @@ impl Library {
             config: image.config.clone(),
             created_at: oci::now(),
             kernel: None,
+            revision: None,
             machine: None,
             source: Some(Source {
                 kind: called.kind.to_owned(),

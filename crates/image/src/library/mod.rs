@@ -28,6 +28,7 @@ use crate::refs::Refs;
 use crate::store::Store;
 use crate::verify::Verifier;
 
+pub(crate) use room::LEAST;
 pub use room::Room;
 
 /// Over one store. Cheap to clone.
@@ -36,8 +37,8 @@ pub struct Library {
     pub(crate) store: Store,
     pub(crate) verifier: Arc<Verifier>,
     pub(crate) refs: Arc<Refs>,
-    builder: Builder,
-    room: Room,
+    pub(crate) builder: Builder,
+    pub(crate) room: Room,
 }
 
 impl Library {
@@ -48,7 +49,10 @@ impl Library {
     }
 
     /// Runs `work` where it may block.
-    async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Self) -> Result<T> + Send + 'static) -> Result<T> {
+    pub(crate) async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let this = self.clone();
         let task = tokio::task::spawn_blocking(move || work(&this));
         task.await.map_err(|error| Error::new(Kind::Internal, "an image task panicked").because(error))?

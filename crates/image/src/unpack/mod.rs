@@ -1,6 +1,6 @@
 //! The helper that unpacks layers and makes a file system of them: `clawpot-unpack`, a process of its own for each image.
 //!
-//! - [`run`] its whole life: confine itself, take layers, become `mke2fs`
+//! - [`run`] its whole life: confine itself, take layers, become `mke2fs`; or take a disk and become `debugfs`
 //! - [`sandbox`] what it gives up · [`wire`] what it and the server say to each other
 //! - [`layer`] decompress, hash, read entries · [`mod@tar`] the archive · [`tree`] entries into files · [`limits`] how much
 //!
@@ -15,7 +15,8 @@ pub mod wire;
 
 use std::ffi::CString;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::io::Write as _;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
 use clawpot_types::{Error, Kind, Result};
@@ -23,7 +24,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 
 use limits::{Budget, Limits};
 use tree::Tree;
-use wire::{Order, ROOTFS, Report, SOCKET, TREE};
+use wire::{COMMANDS, Order, ROOTFS, Report, SOCKET, TREE};
 
 /// The binary's `main`. Does not return when all goes well: the process becomes `mke2fs`.
 #[must_use]
@@ -44,8 +45,12 @@ pub fn run() -> ExitCode {
 fn work(socket: BorrowedFd<'_>) -> Result<()> {
     sandbox::unshare()?;
     wire::send(socket, &Report::Unshared, None)?;
-    let Some((Order::Mapped { limits }, _)) = wire::receive(socket)? else { return Err(unexpected()) };
-    sandbox::enter(limits.bytes.saturating_mul(2))?;
+    let Some((Order::Mapped { limits }, disk)) = wire::receive(socket)? else { return Err(unexpected()) };
+    if let Some(disk) = disk {
+        sandbox::enter(limits.bytes, Some(disk.as_fd()))?;
+        return dump(socket, &disk);
+    }
+    sandbox::enter(limits.bytes.saturating_mul(2), None)?;
     let root = make_root()?;
     let mut tree = Tree::new(root, limits.depth)?;
     let mut budget = Budget::new(limits);
@@ -67,6 +72,27 @@ fn work(socket: BorrowedFd<'_>) -> Result<()> {
             Some(_) => return Err(unexpected()),
         }
     }
+}
+
+/// Becomes `debugfs`, which reads a guest's file system without any kernel that would trust it.
+fn dump(socket: BorrowedFd<'_>, disk: &OwnedFd) -> Result<()> {
+    let Some((Order::Dump { files, debugfs }, _)) = wire::receive(socket)? else { return Err(unexpected()) };
+    let plain = |name: &String| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte));
+    if !files.iter().all(plain) {
+        return Err(unexpected());
+    }
+    let commands: String = files.iter().map(|name| format!("dump /{name} {name}\n")).collect();
+    File::create_new(COMMANDS)
+        .and_then(|mut file| file.write_all(commands.as_bytes()))
+        .map_err(|error| Error::io("writing what debugfs is to do", error))?;
+    rustix::io::fcntl_setfd(disk, rustix::io::FdFlags::empty())
+        .map_err(|errno| Error::io("leaving the disk open", errno.into()))?;
+    wire::send(socket, &Report::Making { bytes: 0, devices: 0, xattrs: 0 }, None)?;
+    let path = format!("/proc/self/fd/{}", disk.as_raw_fd());
+    Err(become_program(
+        &[&debugfs, "-f", COMMANDS, &path],
+        &["LC_ALL=C".to_owned(), "DEBUGFS_PAGER=__none__".to_owned()],
+    ))
 }
 
 fn unexpected() -> Error {
@@ -157,14 +183,15 @@ fn become_program(arguments: &[&str], environment: &[String]) -> Error {
         |texts: Vec<&str>| -> Option<Vec<CString>> { texts.into_iter().map(|text| CString::new(text).ok()).collect() };
     let environment = strings(environment.iter().map(String::as_str).collect());
     let (Some(arguments), Some(environment)) = (strings(arguments.to_vec()), environment) else {
-        return Error::new(Kind::Internal, "mke2fs: an argument with a NUL byte");
+        return Error::new(Kind::Internal, "an argument with a NUL byte");
     };
     let pointers =
         |texts: &[CString]| texts.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect::<Vec<_>>();
     let (argv, envp) = (pointers(&arguments), pointers(&environment));
     // SAFETY: two arrays of strings that end with a null pointer, which live until the program has replaced this one.
     unsafe { libc::execve(argv[0], argv.as_ptr(), envp.as_ptr()) };
-    Error::io("executing mke2fs", std::io::Error::last_os_error()).hint("install the package e2fsprogs")
+    Error::io(format!("executing {}", arguments[0].to_string_lossy()), std::io::Error::last_os_error())
+        .hint("install the package e2fsprogs")
 }
 
 /// For the server, which sets the limits by what disk and quota leave, and by its settings.

@@ -4,6 +4,8 @@
 //! privilege on the host; it has no network; it sees nothing of the file system but its directory and, to read, what
 //! `mke2fs` is made of; it can start no process; its memory and the size of its files are limited.
 
+use std::os::fd::BorrowedFd;
+
 use clawpot_types::{Error, Kind, Result};
 use landlock::{ABI, Access, AccessFs, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus};
 use rustix::process::{Gid, Resource, Rlimit, Uid};
@@ -30,8 +32,9 @@ pub fn unshare() -> Result<()> {
     })
 }
 
-/// Once the namespace has its owners: becomes their root, and gives up the rest.
-pub fn enter(file_size: u64) -> Result<()> {
+/// Once the namespace has its owners: becomes their root, and gives up the rest. Of its own directory's outside it may read
+/// `disk`.
+pub fn enter(file_size: u64, disk: Option<BorrowedFd<'_>>) -> Result<()> {
     rustix::thread::set_thread_groups(&[]).map_err(|errno| failed("dropping groups", errno))?;
     rustix::thread::set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT)
         .map_err(|errno| failed("becoming its group", errno))?;
@@ -50,11 +53,11 @@ pub fn enter(file_size: u64) -> Result<()> {
         rustix::process::setrlimit(resource, limit).map_err(|errno| failed("setting limits", errno))?;
     }
     rustix::thread::set_no_new_privs(true).map_err(|errno| failed("giving up new privileges", errno))?;
-    landlock()
+    landlock(disk)
 }
 
 /// Where the kernel has landlock; from Linux 5.19 on, as without its `REFER` there could be no hard links.
-fn landlock() -> Result<()> {
+fn landlock(disk: Option<BorrowedFd<'_>>) -> Result<()> {
     let refused = |error: landlock::RulesetError| Error::new(Kind::Internal, "sandbox: landlock").because(error);
     let abi = ABI::V5;
     // Devices of every kind are among what nobody is allowed.
@@ -71,6 +74,9 @@ fn landlock() -> Result<()> {
                 .add_rule(PathBeneath::new(path, AccessFs::Execute | AccessFs::ReadFile | AccessFs::ReadDir))
                 .map_err(refused)?;
         }
+    }
+    if let Some(disk) = disk {
+        rules = rules.add_rule(PathBeneath::new(disk, AccessFs::ReadFile)).map_err(refused)?;
     }
     if let Ok(null) = PathFd::new("/dev/null") {
         rules = rules.add_rule(PathBeneath::new(null, AccessFs::ReadFile | AccessFs::WriteFile)).map_err(refused)?;

@@ -18,14 +18,18 @@ pub const SOCKET: i32 = 3;
 /// In that directory: the tree, and the file system made of it.
 pub const TREE: &str = "tree";
 pub const ROOTFS: &str = "rootfs";
+/// What `debugfs` is to do.
+pub const COMMANDS: &str = "commands";
 /// Bytes of one message.
 const MESSAGE: usize = 64 << 10;
 
 /// To the helper.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Order {
-    /// Its user namespace has its owners.
+    /// Its user namespace has its owners. With a file: the disk that it is to read for [`Self::Dump`].
     Mapped { limits: Limits },
+    /// In the place of layers: `files` of the ext4 on that disk, to files of their names; `debugfs` is the program's path.
+    Dump { files: Vec<String>, debugfs: String },
     /// The next layer, lowest first; its file comes along.
     Layer { diff_id: Option<Digest> },
     /// That was the last one. Times are seconds since the epoch; `mke2fs` is the program's path.
