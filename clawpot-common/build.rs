@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "clawpot/v1/exec.proto",
     "clawpot/v1/vm.proto",
     "clawpot/v1/event.proto",
     "clawpot/v1/host.proto",
     "clawpot/v1/image.proto",
+    "clawpot/v1/build.proto",
     "clawpot/agent/v1/agent.proto",
 ];
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clawpot_common::client;
+use clawpot_common::v1::build_service_client::BuildServiceClient;
 use clawpot_common::v1::event_service_client::EventServiceClient;
 use clawpot_common::v1::host_service_client::HostServiceClient;
 use clawpot_common::v1::image_service_client::ImageServiceClient;
@@ -40,6 +41,10 @@ impl Api {
 
     pub fn hosts(&self) -> HostServiceClient<Channel> {
         HostServiceClient::new(self.channel.clone())
+    }
+
+    pub fn builds(&self) -> BuildServiceClient<Channel> {
+        BuildServiceClient::new(self.channel.clone())
     }
 
     pub fn images(&self) -> ImageServiceClient<Channel> {

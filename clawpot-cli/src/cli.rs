@@ -56,6 +56,7 @@ pub enum Verb {
     Rm(c::rm::Args),
     Logs(c::logs::Args),
     Events(c::events::Args),
+    Build(c::build::Args),
     Image(c::image::Args),
     Host(c::host::Args),
     Doctor(c::doctor::Args),

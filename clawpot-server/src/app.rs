@@ -4,10 +4,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clawpot_agent_client::AgentClient;
-use clawpot_control::{Deps, Service};
+use clawpot_agent_client::{AgentClient, BuilderClient};
+use clawpot_control::{Builds, Deps, Service};
 use clawpot_core::ports::{Clock as _, ImageLibrary as _};
-use clawpot_image::{Library, LocalImages};
+use clawpot_image::{Bench, Library, LocalImages};
 use clawpot_net::{Claim, SlotNet};
 use clawpot_store::{SqliteStore, StateLock};
 use clawpot_types::{Error, InstanceId, Kind, Result};
@@ -26,6 +26,7 @@ pub struct App {
     pub service: Service,
     pub about: About,
     pub library: Library,
+    pub builds: Builds,
     net: Arc<SlotNet>,
     resolver: Option<Keeper>,
     /// Held as long as the server lives.
@@ -41,6 +42,7 @@ impl App {
         let store = Arc::new(SqliteStore::open(&lock, clawpot_store::Options::default())?);
         let images = LocalImages::open(&config.image_dir, &config.state_dir)?;
         let library = images.library(&unpacker()?, config.image_room);
+        let bench = Bench::open(library.clone(), &unpacker()?, &config.state_dir)?;
         let consoles = Consoles::new(&config.state_dir);
         let vmms::Chosen { vmms, reason } = vmms::choose(config, &instance, &images, &consoles).await?;
         let net = Arc::new(network(config, &instance).await?);
@@ -73,8 +75,10 @@ impl App {
         {
             warn!(error = error.chain(), "telling other servers which images are used");
         }
+        let builds = Builds::new(service.clone(), Arc::new(bench), Arc::new(BuilderClient));
+        tokio::spawn(builds.clear_up());
         let about = About { instance, vmm_reason: reason, started_at: WallClock.now() };
-        Ok(Self { service, about, library, net, resolver, lock })
+        Ok(Self { service, about, library, builds, net, resolver, lock })
     }
 
     /// The last thing. VMs keep what they need; where there is none, nothing of this instance stays on the host.
@@ -87,6 +91,7 @@ impl App {
                 Ok(())
             }
         };
+        drop(self.builds);
         drop(self.service);
         drop(self.lock);
         left

@@ -79,7 +79,7 @@ impl Message {
         match path {
             "/clawpot.v1.VmService/CreateVm" => CREATE,
             "/clawpot.v1.VmService/Exec" => EXEC,
-            "/clawpot.v1.ImageService/ImportImage" => PIECE,
+            "/clawpot.v1.BuildService/Build" | "/clawpot.v1.ImageService/ImportImage" => PIECE,
             _ => QUESTION,
         }
     }

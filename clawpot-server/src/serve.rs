@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use clawpot_common::v1::build_service_server::BuildServiceServer;
 use clawpot_common::v1::event_service_server::EventServiceServer;
 use clawpot_common::v1::host_service_server::HostServiceServer;
 use clawpot_common::v1::image_service_server::ImageServiceServer;
@@ -13,6 +14,7 @@ use tonic::transport::Server;
 use tracing::{info, warn};
 
 use crate::api::access::Doors;
+use crate::api::build::BuildApi;
 use crate::api::event::EventApi;
 use crate::api::guard::Guard;
 use crate::api::host::HostApi;
@@ -71,6 +73,7 @@ async fn answer(entrance: Entrance, doors: Doors, app: &app::App) -> Result<()> 
     let vm = VmServiceServer::new(VmApi { service: service.clone() }).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let events = EventServiceServer::new(EventApi { service: service.clone() });
     let host = HostServiceServer::new(HostApi { service: service.clone(), about });
+    let builds = BuildServiceServer::new(BuildApi { builds: app.builds.clone() });
     let images = ImageServiceServer::new(ImageApi { service, library });
     Server::builder()
         .layer(Guard::new(doors))
@@ -83,6 +86,7 @@ async fn answer(entrance: Entrance, doors: Doors, app: &app::App) -> Result<()> 
         .add_service(vm)
         .add_service(events)
         .add_service(host)
+        .add_service(builds)
         .add_service(images)
         .serve_with_incoming(Box::pin(entrance.connections()))
         .await

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use clawpot_common::v1::{CreateVmRequest, EnvVar, RestartPolicy, VmSpec};
+use clawpot_common::v1::{CreateVmRequest, EnvVar, Network, RestartPolicy, VmSpec};
 use clawpot_types::{ImageRef, Label, MiB, Vcpus, VmName};
 
 use super::{env, labels, size, time};
@@ -36,6 +36,9 @@ pub struct VmArgs {
     /// User of its commands: NAME, UID, NAME:GROUP or UID:GID
     #[arg(short, long, value_name = "USER")]
     user: Option<String>,
+    /// Whom it reaches: default, the world but no private address; none, nobody
+    #[arg(long, value_enum, value_name = "REACH", default_value = "default")]
+    network: Reach,
     /// Stop it after this long, delete it with --rm: seconds, or like 90s, 30m, 12h; `clawpot ttl` puts it off [default: never]
     #[arg(long, value_name = "TIME", value_parser = time::positive)]
     ttl: Option<Duration>,
@@ -43,6 +46,22 @@ pub struct VmArgs {
     /// when the guest powered itself off; not with --rm
     #[arg(long, value_enum, value_name = "POLICY", default_value = "never")]
     restart: Restart,
+}
+
+/// Whom a VM reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Reach {
+    Default,
+    None,
+}
+
+impl From<Reach> for Network {
+    fn from(reach: Reach) -> Self {
+        match reach {
+            Reach::Default => Self::Default,
+            Reach::None => Self::None,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -73,6 +92,7 @@ impl VmArgs {
             env: self.env.clone(),
             cwd: self.workdir.clone().unwrap_or_default(),
             user: self.user.clone().unwrap_or_default(),
+            network: Network::from(self.network).into(),
         };
         Ok(CreateVmRequest {
             request_id,
@@ -91,7 +111,8 @@ pub fn image(text: &str) -> Result<ImageRef, String> {
     said(text.parse())
 }
 
-fn vcpus(text: &str) -> Result<Vcpus, String> {
+/// The parser of --cpus.
+pub fn vcpus(text: &str) -> Result<Vcpus, String> {
     let refuse = || format!("{text} vCPUs: must be 1 to {}", Vcpus::MAX);
     // What does not fit 32 bits is refused in the same words.
     text.parse::<u32>().ok().and_then(|count| Vcpus::try_from(count).ok()).ok_or_else(refuse)

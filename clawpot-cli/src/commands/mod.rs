@@ -1,5 +1,6 @@
 //! One file per verb: what can be given to it, and what it does.
 
+pub mod build;
 pub mod completions;
 pub mod create;
 pub mod doctor;
@@ -48,6 +49,7 @@ pub async fn dispatch(cli: Cli) -> Outcome {
         Verb::Rm(args) => rm::run(global, args).await,
         Verb::Logs(args) => logs::run(global, args).await,
         Verb::Events(args) => events::run(global, args).await,
+        Verb::Build(args) => build::run(global, args).await,
         Verb::Image(args) => image::run(global, args).await,
         Verb::Host(args) => host::run(global, args).await,
         Verb::Doctor(args) => doctor::run(global, args).await,

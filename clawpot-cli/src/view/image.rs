@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
-use clawpot_common::v1::{CollectImagesResponse, Image, ImageDetail, ImageGarbage};
+use clawpot_common::v1::{CollectImagesResponse, Image, ImageDetail, ImageGarbage, ImageRevision};
 use clawpot_types::MiB;
 use serde::Serialize;
 
@@ -64,6 +64,41 @@ pub struct ImageDetailView {
     pub kernel_digest: Option<String>,
     /// Null for what was made on this host.
     pub source: Option<SourceView>,
+    /// Null for what was not built of a flake.
+    pub revision: Option<RevisionView>,
+}
+
+/// How it was built.
+#[derive(Debug, Serialize)]
+pub struct RevisionView {
+    pub flake: String,
+    pub attr: String,
+    pub lock_digest: Option<String>,
+    pub source_digest: Option<String>,
+    pub builder_digest: String,
+    /// "none" or "default".
+    pub network: String,
+    pub kernel_release: Option<String>,
+    pub out_path: String,
+    pub started_at: Option<String>,
+    pub finished_at: Option<String>,
+}
+
+impl From<&ImageRevision> for RevisionView {
+    fn from(revision: &ImageRevision) -> Self {
+        Self {
+            flake: revision.flake.clone(),
+            attr: revision.attr.clone(),
+            lock_digest: known(&revision.lock_digest),
+            source_digest: known(&revision.source_digest),
+            builder_digest: revision.builder_digest.clone(),
+            network: revision.network.clone(),
+            kernel_release: known(&revision.kernel_release),
+            out_path: revision.out_path.clone(),
+            started_at: revision.started_at.as_ref().map(time::rfc3339),
+            finished_at: revision.finished_at.as_ref().map(time::rfc3339),
+        }
+    }
 }
 
 /// What a VM has that asks for nothing; null: the server's default.
@@ -109,6 +144,7 @@ impl From<&ImageDetail> for ImageDetailView {
                 disk_mib: Some(machine.disk_mib).filter(|size| *size > 0),
             },
             kernel_digest: known(&detail.kernel_digest),
+            revision: detail.revision.as_ref().map(RevisionView::from),
             source: detail.source.as_ref().map(|source| SourceView {
                 kind: source.kind.clone(),
                 reference: known(&source.reference),
@@ -156,6 +192,17 @@ pub fn detail(view: &ImageDetailView) -> String {
         pairs.push(("From", format!("{} {}", source.kind, or(&source.reference, ""))));
         pairs.push(("", source.digest.clone()));
         pairs.push(("Layers", source.layers.len().to_string()));
+    }
+    if let Some(built) = &view.revision {
+        let attr = if built.attr.is_empty() || built.flake.contains('#') { "" } else { "#" };
+        let shown = if attr.is_empty() { built.flake.clone() } else { format!("{}#{}", built.flake, built.attr) };
+        pairs.push(("Flake", shown));
+        pairs.push(("Lock", or(&built.lock_digest, "none")));
+        pairs.push(("Source", or(&built.source_digest, "-")));
+        pairs.push(("Builder", format!("{}, network {}", built.builder_digest, built.network)));
+        pairs.push(("Built", format!("{} to {}", or(&built.started_at, "-"), or(&built.finished_at, "-"))));
+        pairs.push(("Result", built.out_path.clone()));
+        pairs.push(("Release", or(&built.kernel_release, "-")));
     }
     let env = view.env.iter().map(|(name, value)| ("Env".to_owned(), format!("{name}={value}")));
     table::pairs(pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).chain(env))

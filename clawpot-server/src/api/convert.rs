@@ -99,6 +99,11 @@ fn spec(spec: &clawpot_core::VmSpec) -> v1::VmSpec {
         env: spec.env.iter().map(env).collect(),
         cwd: spec.cwd.clone(),
         user: spec.user.clone(),
+        network: match spec.reach {
+            clawpot_core::Reach::Default => v1::Network::Default,
+            clawpot_core::Reach::None => v1::Network::None,
+        }
+        .into(),
     }
 }
 

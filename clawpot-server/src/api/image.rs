@@ -161,7 +161,7 @@ fn text(path: &str, text: String) -> Result<String> {
     Err(Error::new(Kind::InvalidArgument, format!("{path}: {} bytes, at most {}", text.len(), limits::CREDENTIAL)))
 }
 
-fn at<T>(path: &str, parsed: Result<T>) -> Result<T> {
+pub(super) fn at<T>(path: &str, parsed: Result<T>) -> Result<T> {
     parsed.map_err(|error| Error::new(Kind::InvalidArgument, format!("{path}: {}", error.chain())))
 }
 
@@ -192,7 +192,23 @@ fn info(image: ImageInfo) -> v1::Image {
     }
 }
 
-fn detail(image: ImageDetail) -> v1::ImageDetail {
+fn revision(revision: clawpot_core::ports::Revision) -> v1::ImageRevision {
+    let digest = |digest: Option<Digest>| digest.map(|digest| digest.to_string()).unwrap_or_default();
+    v1::ImageRevision {
+        flake: revision.flake,
+        attr: revision.attr,
+        lock_digest: digest(revision.lock),
+        source_digest: digest(revision.source),
+        builder_digest: revision.builder.to_string(),
+        network: revision.network,
+        kernel_release: revision.kernel_release.unwrap_or_default(),
+        out_path: revision.out_path,
+        started_at: Some(convert::timestamp(revision.started_at)),
+        finished_at: Some(convert::timestamp(revision.finished_at)),
+    }
+}
+
+pub(super) fn detail(image: ImageDetail) -> v1::ImageDetail {
     let env = |(name, value): (String, String)| v1::EnvVar { name: name.into(), value: value.into() };
     let config = image.config;
     let source = image.source.map(|source| v1::ImageSource {
@@ -223,5 +239,6 @@ fn detail(image: ImageDetail) -> v1::ImageDetail {
         }),
         kernel_digest: image.kernel.map(|digest| digest.to_string()).unwrap_or_default(),
         source,
+        revision: image.revision.map(revision),
     }
 }

@@ -1,10 +1,11 @@
 //! The doors: proto ⇄ domain, one file per service. Wire types stop here.
 //!
-//! - [`vm`] · [`event`] · [`host`] · [`image`] the services · [`exec`] frames · [`convert`] records as messages
+//! - [`vm`] · [`event`] · [`host`] · [`image`] · [`build`] the services · [`exec`] frames · [`convert`] records as messages
 //! - [`validate`] forms are checked with the field's path in every error · [`status`] one table from errors to statuses
 //! - [`access`] who may call what · [`guard`] stands before all of them · [`meter`] counts what comes in
 
 pub mod access;
+pub mod build;
 pub mod convert;
 pub mod event;
 pub mod exec;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use clawpot_common::v1;
 use clawpot_control::Settings;
 use clawpot_control::service::create::CreateVm;
-use clawpot_core::{RestartPolicy, VmSpec};
+use clawpot_core::{Reach, RestartPolicy, VmSpec};
 use clawpot_types::{Error, ImageRef, Kind, Label, MiB, Result, Vcpus};
 
 use super::convert;
@@ -60,7 +60,16 @@ fn vm_spec(spec: v1::VmSpec, settings: &Settings) -> Result<VmSpec> {
             return Err(bad(path, "contains a NUL byte".to_owned()));
         }
     }
-    Ok(VmSpec { image, vcpus, memory, disk, env, cwd: spec.cwd, user: spec.user, extra_disks: Vec::new() })
+    let reach = reach("spec.network", spec.network)?;
+    Ok(VmSpec { image, vcpus, memory, disk, env, cwd: spec.cwd, user: spec.user, extra_disks: Vec::new(), reach })
+}
+
+pub fn reach(path: &str, wire: i32) -> Result<Reach> {
+    match v1::Network::try_from(wire) {
+        Ok(v1::Network::Unspecified | v1::Network::Default) => Ok(Reach::Default),
+        Ok(v1::Network::None) => Ok(Reach::None),
+        Err(_) => Err(bad(path, format!("{wire}: this server knows default and none"))),
+    }
 }
 
 fn env(vars: Vec<v1::EnvVar>) -> Result<Vec<(String, String)>> {

@@ -4,12 +4,14 @@
 //! - [`runner`] the only writer of a VM's phase: look, plan, one step, look again
 //! - [`records`] the typed store and its projection in memory; publishes every change
 //! - [`live`] what only this daemon's memory knows of a VM: its endpoint, its clients
+//! - [`builds`] images of flakes, each in a VM that is made for it by [`service`] and always removed
 //! - [`adopt`] at start: every record gets its runner, unreadable ones are shown and left alone
 //! - `keep` what has no owner goes, after a grace time
 //!
 //! Architecture Invariant: nothing here names a driver, reads a clock other than the port's, or iterates a hash map.
 
 pub mod adopt;
+pub mod builds;
 pub mod deps;
 mod keep;
 pub mod live;
@@ -18,6 +20,7 @@ pub mod runner;
 pub mod service;
 
 pub use adopt::start;
+pub use builds::{Build, BuildProgress, Builds};
 pub use deps::{Deps, Settings, Vmms};
 pub use records::{Changed, Records, Row};
 pub use service::Service;

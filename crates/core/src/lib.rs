@@ -25,4 +25,6 @@ pub use exit::{Exit, Reason, Restart, RestartPolicy};
 pub use facts::{Fact, Facts, GuestFact, LastWords, VmmEnd, VmmFact};
 pub use phase::Phase;
 pub use plan::{Next, Step, plan};
-pub use record::{Desired, DiskSource, ExtraDisk, Failure, ImagePin, MachineId, Timing, VmRecord, VmSpec, VmmKind};
+pub use record::{
+    Desired, DiskSource, ExtraDisk, Failure, ImagePin, MachineId, Reach, Timing, VmRecord, VmSpec, VmmKind,
+};

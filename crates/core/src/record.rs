@@ -73,6 +73,28 @@ pub struct VmSpec {
     pub user: String,
     /// Disks beside its own, in the order in which the guest numbers them.
     pub extra_disks: Vec<ExtraDisk>,
+    /// Whom the guest reaches.
+    pub reach: Reach,
+}
+
+/// Whom a guest reaches over its network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reach {
+    /// The world, and names; no private address, no other VM.
+    Default,
+    /// Nobody. The host still reaches the guest's agent, which takes another way.
+    None,
+}
+
+impl Reach {
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::None => "none",
+        }
+    }
 }
 
 /// A disk that outlives the VM.
@@ -190,6 +212,12 @@ pub struct Failure {
 }
 
 impl VmRecord {
+    /// The server's own: it has a disk that no client can ask for, as a build has. No later server has a use for it.
+    #[must_use]
+    pub fn is_servers(&self) -> bool {
+        self.spec.extra_disks.iter().any(|disk| matches!(disk.source, DiskSource::File(_)))
+    }
+
     #[must_use]
     pub fn machine(&self) -> MachineId {
         MachineId { vm: self.id.clone(), incarnation: self.incarnation }
@@ -241,9 +269,10 @@ fn to_2(fields: &mut Fields) {
     fields.insert("expires_at".to_owned(), Value::Null);
 }
 
-/// Version 3 has extra disks.
+/// Version 3 has extra disks, and says whom the guest reaches.
 fn to_3(fields: &mut Fields) {
     if let Some(spec) = fields.get_mut("spec").and_then(serde_json::Value::as_object_mut) {
         spec.insert("extra_disks".to_owned(), serde_json::json!([]));
+        spec.insert("reach".to_owned(), "default".into());
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use clawpot_core::record::RECORD_VERSION;
-use clawpot_core::{Desired, ImagePin, Phase, Restart, RestartPolicy, VmRecord, VmSpec};
+use clawpot_core::{Desired, ImagePin, Phase, Reach, Restart, RestartPolicy, VmRecord, VmSpec};
 use clawpot_types::{Digest, Generation, ImageRef, Incarnation, MiB, Millis, Slot, Vcpus, VmId};
 
 /// One vCPU, 128 MiB, the image "debian".
@@ -18,6 +18,7 @@ pub fn spec() -> VmSpec {
         cwd: "/root".to_owned(),
         user: "root".to_owned(),
         extra_disks: Vec::new(),
+        reach: Reach::Default,
     }
 }
 

@@ -116,5 +116,6 @@ def _environment(server: Server, where: Path) -> dict[str, str]:
     storage = where / "storage.conf"
     storage.write_text(f'[storage]\ndriver = "vfs"\ngraphroot = "{where}/containers"\nrunroot = "{where}/run"\n')
     own = {"HOME": str(where / "home"), "CONTAINERS_STORAGE_CONF": str(storage), "BUILDAH_ISOLATION": "chroot"}
+    own["CLAWPOT_IMAGE_DIR"] = str(server.image_dir)
     path = f"{server.cli.binary.parent}:{os.environ['PATH']}"
     return {**server.cli.environment(), **own, "PATH": path, "LC_ALL": "C.UTF-8", "TMPDIR": str(where)}

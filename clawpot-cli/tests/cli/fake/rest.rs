@@ -159,6 +159,7 @@ fn app() -> v1::ImageDetail {
         }),
         machine: Some(v1::MachineDefaults { vcpus: 2, memory_mib: 512, disk_mib: 0 }),
         kernel_digest: String::new(),
+        revision: None,
         source: Some(v1::ImageSource {
             kind: "registry".into(),
             reference: "localhost:5000/demo/app:1.0".into(),

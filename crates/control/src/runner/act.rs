@@ -3,7 +3,7 @@
 use clawpot_core::facts::GuestFact;
 use clawpot_core::plan::Step;
 use clawpot_core::ports::{Attachment, Machine, Vmm};
-use clawpot_core::{DiskSource, ExtraDisk, Phase, VmRecord};
+use clawpot_core::{DiskSource, ExtraDisk, Phase, Reach, VmRecord};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Millis, Result};
 use tracing::info;
@@ -17,7 +17,10 @@ impl Runner {
         let done = match step {
             Step::EnsureImage => deps.images.ensure(&record.image).await.map(drop),
             Step::CreateDisk => deps.images.create_disk(&record.id, record.spec.disk).await.map(drop),
-            Step::EnsureNet => deps.net.ensure(record.slot).await,
+            Step::EnsureNet => match record.spec.reach {
+                Reach::Default => deps.net.ensure(record.slot).await,
+                Reach::None => deps.net.ensure_cut_off(record.slot).await,
+            },
             Step::PrepareVmm => self.prepare(record).await,
             Step::StartVmm => self.start(record).await,
             Step::AttachVmm => self.attach(record).await,

@@ -58,6 +58,7 @@ impl Request {
         if row["version"] == 2 {
             if let Some(spec) = row.pointer_mut("/body/spec").and_then(serde_json::Value::as_object_mut) {
                 spec.insert("extra_disks".to_owned(), serde_json::json!([]));
+                spec.insert("reach".to_owned(), "default".into());
             }
             row["version"] = REQUEST_VERSION.into();
         }

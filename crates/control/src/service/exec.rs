@@ -78,7 +78,7 @@ impl Service {
     }
 
     /// Returns once no exec of this machine can say anything any more, and why.
-    fn machine_over(&self, id: VmId, machine: MachineId) -> impl Future<Output = Error> + Send + 'static {
+    pub(crate) fn machine_over(&self, id: VmId, machine: MachineId) -> impl Future<Output = Error> + Send + 'static {
         let (records, mut changes) = (self.records.clone(), self.records.subscribe());
         async move {
             loop {
@@ -105,7 +105,7 @@ impl Service {
     }
 
     /// The VM's guest, once it answers. Waits while the VM is on its way to Running.
-    async fn ready(&self, id: &VmId) -> Result<(Arc<VmRecord>, Link)> {
+    pub(crate) async fn ready(&self, id: &VmId) -> Result<(Arc<VmRecord>, Link)> {
         let mut changes = self.records.subscribe();
         let asked = self.deps.clock.now();
         loop {
@@ -180,7 +180,7 @@ fn with_defaults(mut start: ExecStart, record: &VmRecord) -> ExecStart {
 }
 
 /// Counts a client as attached for as long as it lives.
-struct Attachment {
+pub(crate) struct Attachment {
     lives: Arc<Lives>,
     clock: Arc<dyn clawpot_core::ports::Clock>,
     id: VmId,
@@ -188,7 +188,7 @@ struct Attachment {
 }
 
 impl Attachment {
-    fn new(service: &Service, id: &VmId) -> Self {
+    pub(crate) fn new(service: &Service, id: &VmId) -> Self {
         service.lives.attach(id);
         Self { lives: service.lives.clone(), clock: service.deps.clock.clone(), id: id.clone(), ended: false }
     }

@@ -55,6 +55,9 @@ pub trait Workbench: Send + Sync {
     /// `Exhausted`: too large.
     async fn receive(&self, build: &VmId, archive: BoxStream<Result<Bytes>>) -> Result<Source>;
 
+    /// By which a build of this source and attribute is known again.
+    fn key(&self, source: &Source, attr: &str) -> Digest;
+
     /// The image that was built of the same source and attribute before, under the name now; with `None` there is none.
     /// `AlreadyExists`: the name means another.
     async fn known(&self, key: Option<&Digest>, name: &BuildName) -> Result<Option<ImageDetail>>;

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use clawpot_core::record::RECORD_VERSION;
-use clawpot_core::{Desired, Failure, ImagePin, Phase, Restart, RestartPolicy, VmRecord, VmSpec};
+use clawpot_core::{Desired, Failure, ImagePin, Phase, Reach, Restart, RestartPolicy, VmRecord, VmSpec};
 use clawpot_types::{Digest, Generation, ImageRef, Incarnation, Kind, MiB, Millis, Slot, Timestamp, Vcpus, VmId};
 
 pub const START: Timestamp = Timestamp(1_800_000_000_000_000);
@@ -27,6 +27,7 @@ pub fn record() -> VmRecord {
             cwd: "/root".to_owned(),
             user: "root".to_owned(),
             extra_disks: Vec::new(),
+            reach: Reach::Default,
         },
         image: ImagePin { digest: Digest::from_sha256(&[0xab; 32]) },
         desired: Desired::Running,

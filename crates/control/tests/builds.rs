@@ -1,0 +1,242 @@
+//! However a build ends, nothing of it is left: no VM, no file. Over a host that is not there, in virtual time.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use clawpot_control::{Build, BuildProgress, Builds, Row};
+use clawpot_core::ports::{
+    BoxStream, BuildName, BuildOrder, BuilderGuest, BuilderSays, FlakeSource, GuestEndpoint, ImageDetail, Images as _,
+    Revision, Source, Workbench,
+};
+use clawpot_core::{DiskSource, Reach};
+use clawpot_testkit::FakeImages;
+use clawpot_types::{Digest, Error, Kind, MiB, Result, Vcpus, VmId};
+use futures_util::StreamExt as _;
+use support::House;
+
+/// Files of builds as names in memory.
+#[derive(Default)]
+struct Bench {
+    files: Mutex<BTreeSet<VmId>>,
+    built: Mutex<Option<(Digest, ImageDetail)>>,
+    image: Mutex<Option<ImageDetail>>,
+}
+
+#[async_trait]
+impl Workbench for Bench {
+    async fn may_call(&self, _: &BuildName) -> Result<()> {
+        Ok(())
+    }
+
+    async fn receive(&self, build: &VmId, mut archive: BoxStream<Result<bytes::Bytes>>) -> Result<Source> {
+        self.files.lock().unwrap().insert(build.clone());
+        while let Some(chunk) = archive.next().await {
+            chunk?;
+        }
+        Ok(Source { digest: Digest::from_sha256(&[1; 32]), lock: None })
+    }
+
+    fn key(&self, source: &Source, _: &str) -> Digest {
+        source.digest.clone()
+    }
+
+    async fn known(&self, key: Option<&Digest>, _: &BuildName) -> Result<Option<ImageDetail>> {
+        let built = self.built.lock().unwrap();
+        Ok(built.as_ref().filter(|(known, _)| Some(known) == key).map(|(_, image)| image.clone()))
+    }
+
+    async fn lay_out(&self, build: &VmId, _: MiB) -> Result<Vec<PathBuf>> {
+        self.files.lock().unwrap().insert(build.clone());
+        Ok(["output", "source"].map(|name| format!("/fake/builds/{build}/{name}").into()).to_vec())
+    }
+
+    async fn take(&self, build: &VmId, revision: Revision, _: &BuildName) -> Result<ImageDetail> {
+        assert!(self.files.lock().unwrap().contains(build));
+        let image = self.image.lock().unwrap().clone().unwrap();
+        if let Some(key) = revision.key {
+            *self.built.lock().unwrap() = Some((key, image.clone()));
+        }
+        Ok(image)
+    }
+
+    async fn clear(&self, build: &VmId) -> Result<()> {
+        self.files.lock().unwrap().remove(build);
+        Ok(())
+    }
+
+    async fn left(&self) -> Result<Vec<VmId>> {
+        Ok(self.files.lock().unwrap().iter().cloned().collect())
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Does {
+    Builds,
+    Fails,
+    NeverEnds,
+    IsNoBuilder,
+}
+
+struct Nix(Does);
+
+#[async_trait]
+impl BuilderGuest for Nix {
+    async fn build(&self, _: &GuestEndpoint, order: BuildOrder) -> Result<BoxStream<Result<BuilderSays>>> {
+        let log = Ok(BuilderSays::Log(format!("building {}", order.attr)));
+        let last = match self.0 {
+            Does::IsNoBuilder => return Err(Error::new(Kind::Unavailable, "nobody listens")),
+            Does::NeverEnds => {
+                return Ok(Box::pin(futures_util::stream::iter([log]).chain(futures_util::stream::pending())));
+            }
+            Does::Builds => Ok(BuilderSays::Built { out_path: "/nix/store/x".to_owned() }),
+            Does::Fails => Err(Error::new(Kind::FailedPrecondition, "the build failed")),
+        };
+        Ok(Box::pin(futures_util::stream::iter([log, last])))
+    }
+}
+
+fn wanted() -> Build {
+    Build {
+        flake: FlakeSource::Local,
+        shown: ".".to_owned(),
+        attr: "image".to_owned(),
+        name: BuildName { name: "app".parse().unwrap(), replace: false },
+        builder: "debian".parse().unwrap(),
+        reach: Reach::None,
+        vcpus: Vcpus::ONE,
+        memory: MiB(256),
+        disk: MiB(1024),
+        timeout_secs: 60,
+        cache: true,
+    }
+}
+
+async fn workshop(house: &House, does: Does) -> (Builds, Arc<Bench>) {
+    let bench = Arc::new(Bench::default());
+    let image = FakeImages::new(&house.host).describe(&"debian".parse().unwrap()).await.unwrap();
+    *bench.image.lock().unwrap() = Some(image);
+    (Builds::new(house.service().clone(), bench.clone(), Arc::new(Nix(does))), bench)
+}
+
+fn begin(builds: &Builds, build: Build) -> BoxStream<Result<BuildProgress>> {
+    builds.build(build, Box::pin(futures_util::stream::empty()), "uid=0")
+}
+
+/// What it said, and how it ended.
+async fn ended(builds: &Builds, build: Build) -> (Vec<String>, Result<bool>) {
+    let (mut said, mut progress) = (Vec::new(), begin(builds, build));
+    while let Some(one) = progress.next().await {
+        match one {
+            Ok(BuildProgress::Step(text) | BuildProgress::Log(text)) => said.push(text),
+            Ok(BuildProgress::Done { cached, .. }) => return (said, Ok(cached)),
+            Err(error) => return (said, Err(error)),
+        }
+    }
+    panic!("it ended without a word: {said:?}")
+}
+
+fn check_empty(house: &House, bench: &Bench) {
+    house.check_empty();
+    assert!(bench.files.lock().unwrap().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_build_has_a_vm_of_its_own_and_leaves_an_image() {
+    let house = House::new().await;
+    let (builds, bench) = workshop(&house, Does::Builds).await;
+    let (said, done) = ended(&builds, wanted()).await;
+    assert!(!done.unwrap(), "{said:?}");
+    assert!(said.contains(&"building image".to_owned()), "{said:?}");
+    check_empty(&house, &bench);
+    // The same again: nothing runs.
+    let (said, done) = ended(&builds, wanted()).await;
+    assert!(done.unwrap() && !said.contains(&"building image".to_owned()), "{said:?}");
+    let (_, done) = ended(&builds, Build { cache: false, ..wanted() }).await;
+    assert!(!done.unwrap());
+    check_empty(&house, &bench);
+}
+
+#[tokio::test(start_paused = true)]
+async fn however_it_fails_nothing_is_left() {
+    for (does, kind, why) in [
+        (Does::Fails, Kind::FailedPrecondition, "the build failed"),
+        (Does::NeverEnds, Kind::Timeout, "no end of it"),
+        (Does::IsNoBuilder, Kind::FailedPrecondition, "no builder listens in image debian"),
+    ] {
+        let house = House::new().await;
+        let (builds, bench) = workshop(&house, does).await;
+        let error = ended(&builds, wanted()).await.1.unwrap_err();
+        assert_eq!(error.kind(), kind, "{}", error.chain());
+        assert!(error.chain().contains(why), "{}", error.chain());
+        check_empty(&house, &bench);
+    }
+    let house = House::new().await;
+    let (builds, bench) = workshop(&house, Does::Builds).await;
+    let error = ended(&builds, Build { builder: "builder".parse().unwrap(), ..wanted() }).await.1.unwrap_err();
+    assert!(error.next_step().unwrap().contains("setup-builder.sh"), "{}", error.chain());
+    check_empty(&house, &bench);
+}
+
+/// The VM of a build that runs; it has the two disks and reaches nobody.
+async fn in_its_vm(house: &House, progress: &mut BoxStream<Result<BuildProgress>>) -> VmId {
+    while let Some(one) = progress.next().await {
+        if let BuildProgress::Log(_) = one.unwrap() {
+            break;
+        }
+    }
+    let rows = house.service().records().rows_after(None);
+    let [(id, Row::Known { record, .. })] = &rows[..] else { panic!("{rows:?}") };
+    assert!(record.is_servers() && record.remove_when_done && record.ttl.is_some());
+    assert_eq!(record.spec.reach, Reach::None);
+    let disks: Vec<_> = record.spec.extra_disks.iter().map(|disk| (&disk.source, disk.read_only)).collect();
+    let [(DiskSource::File(output), false), (DiskSource::File(source), true)] = &disks[..] else { panic!("{disks:?}") };
+    assert!(output.ends_with("output") && source.ends_with("source"));
+    id.clone()
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_nobody_waits_for_ends_and_so_does_one_whose_vm_is_deleted() {
+    let house = House::new().await;
+    let (builds, bench) = workshop(&house, Does::NeverEnds).await;
+    let mut progress = begin(&builds, wanted());
+    let vm = in_its_vm(&house, &mut progress).await;
+    drop(progress);
+    house.until(&vm, None).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    check_empty(&house, &bench);
+
+    let mut progress = begin(&builds, wanted());
+    let vm = in_its_vm(&house, &mut progress).await;
+    house.delete(&vm).await;
+    while let Some(one) = progress.next().await {
+        if let Err(error) = one {
+            assert!(error.chain().contains("its VM ended"), "{}", error.chain());
+        }
+    }
+    check_empty(&house, &bench);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_next_server_removes_what_a_dead_one_was_building() {
+    let mut house = House::new().await;
+    let (builds, bench) = workshop(&house, Does::NeverEnds).await;
+    let mut progress = begin(&builds, wanted());
+    let vm = in_its_vm(&house, &mut progress).await;
+    let other = house.running("web").await;
+    house.restart().await;
+    assert_eq!(bench.files.lock().unwrap().len(), 1);
+    // As it comes up it knows none of them to be running.
+    let next = Builds::new(house.service().clone(), bench.clone(), Arc::new(Nix(Does::Builds)));
+    next.clear_up().await;
+    assert!(house.phase(&vm).is_none() && house.phase(&other).is_some(), "a VM that somebody wants stays");
+    assert!(bench.files.lock().unwrap().is_empty());
+    house.delete(&other).await;
+    check_empty(&house, &bench);
+}
