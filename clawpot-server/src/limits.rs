@@ -65,7 +65,7 @@ const QUESTION: Message = Message::of(64 << 10);
 const CREATE: Message = Message::of(256 << 10);
 /// The first has what a program is given: Linux takes 6 MiB of arguments and environment. Later ones are [`STDIN`] and a frame.
 const EXEC: Message = Message { first: MAX_MESSAGE_BYTES, later: STDIN + (4 << 10) };
-/// A piece of an archive: the CLI's have 256 KiB.
+/// A piece of an archive, of an image or of what one is built from: the CLI's have 256 KiB.
 const PIECE: Message = Message { first: 64 << 10, later: 512 << 10 };
 
 impl Message {
