@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Exit, Phase, Restart};
 
 /// Version of the record's JSON that this build writes. Newer is refused, older migrated.
-pub const RECORD_VERSION: u32 = 3;
+pub const RECORD_VERSION: u32 = 4;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmRecord {
@@ -257,7 +257,7 @@ impl VmRecord {
 type Fields = serde_json::Map<String, serde_json::Value>;
 
 /// Entry n takes a record of version n + 1 to n + 2. Never edit one that was released.
-const MIGRATIONS: [fn(&mut Fields); 2] = [to_2, to_3];
+const MIGRATIONS: [fn(&mut Fields); 3] = [to_2, to_3, to_4];
 
 /// Version 2 knows who asked, how it ended, whether it is started again, and how long it lives.
 fn to_2(fields: &mut Fields) {
@@ -269,10 +269,16 @@ fn to_2(fields: &mut Fields) {
     fields.insert("expires_at".to_owned(), Value::Null);
 }
 
-/// Version 3 has extra disks, and says whom the guest reaches.
+/// Version 3 has extra disks.
 fn to_3(fields: &mut Fields) {
     if let Some(spec) = fields.get_mut("spec").and_then(serde_json::Value::as_object_mut) {
         spec.insert("extra_disks".to_owned(), serde_json::json!([]));
+    }
+}
+
+/// Version 4 says whom the guest reaches.
+fn to_4(fields: &mut Fields) {
+    if let Some(spec) = fields.get_mut("spec").and_then(serde_json::Value::as_object_mut) {
         spec.insert("reach".to_owned(), "default".into());
     }
 }

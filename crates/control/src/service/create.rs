@@ -40,7 +40,7 @@ pub struct Request {
 }
 
 /// Version of [`Request`]'s JSON. The first had no number.
-pub const REQUEST_VERSION: u32 = 3;
+pub const REQUEST_VERSION: u32 = 4;
 
 impl Request {
     /// Reads a row of this version or an older one.
@@ -58,6 +58,11 @@ impl Request {
         if row["version"] == 2 {
             if let Some(spec) = row.pointer_mut("/body/spec").and_then(serde_json::Value::as_object_mut) {
                 spec.insert("extra_disks".to_owned(), serde_json::json!([]));
+            }
+            row["version"] = 3.into();
+        }
+        if row["version"] == 3 {
+            if let Some(spec) = row.pointer_mut("/body/spec").and_then(serde_json::Value::as_object_mut) {
                 spec.insert("reach".to_owned(), "default".into());
             }
             row["version"] = REQUEST_VERSION.into();
