@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::info;
 
 use super::access::actor;
-use super::image::{at, detail};
+use super::image::{at, detail, no_more};
 use super::status::status;
 use super::validate;
 
@@ -55,7 +55,7 @@ impl BuildService for BuildApi {
         let archive = parts.map(|part| match part.map(|part| part.part) {
             Ok(Some(Part::Data(bytes))) => Ok(bytes),
             Ok(_) => Err(Error::new(Kind::InvalidArgument, "build: after the first message all must be data")),
-            Err(broken) => Err(Error::new(Kind::Cancelled, "build: the client went away").because(broken)),
+            Err(broken) => Err(no_more("build", broken)),
         });
         let said = self.builds.build(build, Box::pin(archive), &actor);
         // What is there already goes together.

@@ -78,8 +78,7 @@ impl ImageService for ImageApi {
         let archive = parts.map(|part| match part.map(|part| part.part) {
             Ok(Some(Part::Data(bytes))) => Ok(bytes),
             Ok(_) => Err(Error::new(Kind::InvalidArgument, "import: after the first message all must be data")),
-            Err(large) if large.code() == Code::ResourceExhausted => Err(Error::new(Kind::Exhausted, large.message())),
-            Err(broken) => Err(Error::new(Kind::Cancelled, "import: the client went away").because(broken)),
+            Err(broken) => Err(no_more("import", broken)),
         });
         Ok(Response::new(progress(self.library.import(import, Box::pin(archive)))))
     }
@@ -131,6 +130,14 @@ pub fn live(service: &Service) -> Option<BTreeSet<Digest>> {
         Row::Unreadable { .. } => None,
     };
     rows.iter().map(|(_, row)| image(row)).collect()
+}
+
+/// Why a client's archive ends in the middle: a piece over its limit is told as such.
+pub fn no_more(doing: &str, broken: Status) -> Error {
+    match broken.code() {
+        Code::ResourceExhausted => Error::new(Kind::Exhausted, broken.message()),
+        _ => Error::new(Kind::Cancelled, format!("{doing}: the client went away")).because(broken),
+    }
 }
 
 fn pull(request: v1::PullImageRequest) -> Result<Pull> {
