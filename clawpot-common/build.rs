@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     "clawpot/v1/exec.proto",
     "clawpot/v1/vm.proto",
     "clawpot/v1/event.proto",
     "clawpot/v1/host.proto",
     "clawpot/v1/image.proto",
     "clawpot/v1/build.proto",
+    "clawpot/v1/volume.proto",
     "clawpot/agent/v1/agent.proto",
 ];
 

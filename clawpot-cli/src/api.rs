@@ -11,6 +11,7 @@ use clawpot_common::v1::event_service_client::EventServiceClient;
 use clawpot_common::v1::host_service_client::HostServiceClient;
 use clawpot_common::v1::image_service_client::ImageServiceClient;
 use clawpot_common::v1::vm_service_client::VmServiceClient;
+use clawpot_common::v1::volume_service_client::VolumeServiceClient;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
@@ -45,6 +46,10 @@ impl Api {
 
     pub fn builds(&self) -> BuildServiceClient<Channel> {
         BuildServiceClient::new(self.channel.clone())
+    }
+
+    pub fn volumes(&self) -> VolumeServiceClient<Channel> {
+        VolumeServiceClient::new(self.channel.clone())
     }
 
     pub fn images(&self) -> ImageServiceClient<Channel> {

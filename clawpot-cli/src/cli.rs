@@ -58,6 +58,7 @@ pub enum Verb {
     Events(c::events::Args),
     Build(c::build::Args),
     Image(c::image::Args),
+    Volume(c::volume::Args),
     Host(c::host::Args),
     Doctor(c::doctor::Args),
     Version(c::version::Args),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clawpot_agent_client::{AgentClient, BuilderClient};
 use clawpot_control::{Builds, Deps, Service};
 use clawpot_core::ports::{Clock as _, ImageLibrary as _};
-use clawpot_image::{Bench, Library, LocalImages};
+use clawpot_image::{Bench, Library, LocalImages, LocalVolumes};
 use clawpot_net::{Claim, SlotNet};
 use clawpot_store::{SqliteStore, StateLock};
 use clawpot_types::{Error, InstanceId, Kind, Result};
@@ -43,6 +43,7 @@ impl App {
         let images = LocalImages::open(&config.image_dir, &config.state_dir)?;
         let library = images.library(&unpacker()?, config.image_room);
         let bench = Bench::open(library.clone(), &unpacker()?, &config.state_dir)?;
+        let volumes = LocalVolumes::open(&config.state_dir, &unpacker()?)?;
         let consoles = Consoles::new(&config.state_dir);
         let vmms::Chosen { vmms, reason } = vmms::choose(config, &instance, &images, &consoles).await?;
         let net = Arc::new(network(config, &instance).await?);
@@ -58,6 +59,7 @@ impl App {
             store: store.clone(),
             events: store,
             images: Arc::new(images),
+            volumes: Arc::new(volumes),
             net: net.clone(),
             vmms,
             console: Arc::new(consoles),
@@ -106,7 +108,7 @@ impl App {
     }
 }
 
-/// `clawpot-unpack`, which stands beside this program. Only a pull or an import misses it.
+/// `clawpot-unpack`, which stands beside this program. Only a pull, an import and a volume that was not unmounted miss it.
 fn unpacker() -> Result<PathBuf> {
     let own = std::env::current_exe().map_err(|error| Error::io("finding this program", error))?;
     Ok(own.with_file_name("clawpot-unpack"))

@@ -3,7 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clawpot_core::ports::{Clock, Ids};
-use clawpot_types::{Timestamp, VmId, VmName};
+use clawpot_types::{Timestamp, VmId, VmName, VolumeId};
 
 #[derive(Debug)]
 pub struct WallClock;
@@ -46,6 +46,10 @@ const SECOND: [&str; 24] = [
 impl Ids for RandomIds {
     fn vm_id(&self) -> VmId {
         VmId::from_random(random())
+    }
+
+    fn volume_id(&self) -> VolumeId {
+        VolumeId::from_random(random())
     }
 
     fn vm_name(&self) -> VmName {

@@ -7,6 +7,7 @@ use clawpot_common::v1::event_service_server::EventServiceServer;
 use clawpot_common::v1::host_service_server::HostServiceServer;
 use clawpot_common::v1::image_service_server::ImageServiceServer;
 use clawpot_common::v1::vm_service_server::VmServiceServer;
+use clawpot_common::v1::volume_service_server::VolumeServiceServer;
 use clawpot_common::{CONNECTION_WINDOW, DESCRIPTORS, MAX_MESSAGE_BYTES, STREAM_WINDOW};
 use clawpot_types::{Error, Kind, Result};
 use tokio::signal::unix::{SignalKind, signal};
@@ -20,6 +21,7 @@ use crate::api::guard::Guard;
 use crate::api::host::HostApi;
 use crate::api::image::ImageApi;
 use crate::api::vm::VmApi;
+use crate::api::volume::VolumeApi;
 use crate::config::{Config, OnStop};
 use crate::entrance::Entrance;
 use crate::metrics::Metrics;
@@ -74,6 +76,7 @@ async fn answer(entrance: Entrance, doors: Doors, app: &app::App) -> Result<()> 
     let events = EventServiceServer::new(EventApi { service: service.clone() });
     let host = HostServiceServer::new(HostApi { service: service.clone(), about });
     let builds = BuildServiceServer::new(BuildApi { builds: app.builds.clone() });
+    let volumes = VolumeServiceServer::new(VolumeApi { service: service.clone() });
     let images = ImageServiceServer::new(ImageApi { service, library });
     Server::builder()
         .layer(Guard::new(doors))
@@ -87,6 +90,7 @@ async fn answer(entrance: Entrance, doors: Doors, app: &app::App) -> Result<()> 
         .add_service(events)
         .add_service(host)
         .add_service(builds)
+        .add_service(volumes)
         .add_service(images)
         .serve_with_incoming(Box::pin(entrance.connections()))
         .await

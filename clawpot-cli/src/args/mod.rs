@@ -6,6 +6,7 @@ pub mod process;
 pub mod size;
 pub mod time;
 pub mod vm;
+pub mod volume;
 
 pub use process::ProcessArgs;
 pub use vm::VmArgs;

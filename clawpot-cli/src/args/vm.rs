@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use clawpot_common::v1::{CreateVmRequest, EnvVar, Network, RestartPolicy, VmSpec};
+use clawpot_common::v1::{CreateVmRequest, EnvVar, Network, RestartPolicy, VmSpec, VolumeMount};
 use clawpot_types::{ImageRef, Label, MiB, Vcpus, VmName};
 
-use super::{env, labels, size, time};
+use super::{env, labels, size, time, volume};
 use crate::failure::Failure;
 
 #[derive(Clone, Debug, Args)]
@@ -27,6 +27,9 @@ pub struct VmArgs {
     /// Writable disk: MiB, or like 512M, 20G [default: the server's]
     #[arg(long, value_name = "SIZE", value_parser = size::disk)]
     disk: Option<MiB>,
+    /// Volume, and where it is mounted; `ro`: only to read, as any number of VMs may at once; may be repeated
+    #[arg(short, long = "volume", value_name = "NAME:/PATH[:ro]", value_parser = volume::mount)]
+    volumes: Vec<VolumeMount>,
     /// Environment variable of every command in it, or its NAME alone to take the value from here; may be repeated
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = env::parser())]
     env: Vec<EnvVar>,
@@ -93,6 +96,7 @@ impl VmArgs {
             cwd: self.workdir.clone().unwrap_or_default(),
             user: self.user.clone().unwrap_or_default(),
             network: Network::from(self.network).into(),
+            volumes: self.volumes.clone(),
         };
         Ok(CreateVmRequest {
             request_id,

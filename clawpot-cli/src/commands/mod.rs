@@ -18,6 +18,7 @@ pub mod start;
 pub mod stop;
 pub mod ttl;
 pub mod version;
+pub mod volume;
 pub mod wait;
 
 use clawpot_common::v1::Vm;
@@ -51,6 +52,7 @@ pub async fn dispatch(cli: Cli) -> Outcome {
         Verb::Events(args) => events::run(global, args).await,
         Verb::Build(args) => build::run(global, args).await,
         Verb::Image(args) => image::run(global, args).await,
+        Verb::Volume(args) => volume::run(global, args).await,
         Verb::Host(args) => host::run(global, args).await,
         Verb::Doctor(args) => doctor::run(global, args).await,
         Verb::Version(args) => version::run(global, args).await,

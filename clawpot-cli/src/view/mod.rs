@@ -4,6 +4,7 @@ pub mod event;
 pub mod host;
 pub mod image;
 pub mod vm;
+pub mod volume;
 
 /// An empty string on the wire means "not known".
 fn known(text: &str) -> Option<String> {

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use clawpot_common::v1::exit::Reason;
-use clawpot_common::v1::{Desired, EnvVar, Exit, Phase, PhaseTiming, RestartPolicy, Vm};
+use clawpot_common::v1::{Desired, EnvVar, Exit, Phase, PhaseTiming, RestartPolicy, Vm, VolumeMount};
 use serde::Serialize;
 
 use super::{known, or_dash};
@@ -35,6 +35,7 @@ pub struct VmView {
     pub env: BTreeMap<String, String>,
     pub cwd: Option<String>,
     pub user: Option<String>,
+    pub volumes: Vec<MountView>,
     pub address: Option<String>,
     pub vmm: Option<String>,
     pub vmm_version: Option<String>,
@@ -90,6 +91,19 @@ pub struct FailureView {
     pub console_tail: Vec<String>,
 }
 
+#[derive(Debug, Serialize)]
+pub struct MountView {
+    pub volume: String,
+    pub path: String,
+    pub read_only: bool,
+}
+
+impl From<&VolumeMount> for MountView {
+    fn from(mount: &VolumeMount) -> Self {
+        Self { volume: mount.volume.clone(), path: mount.path.clone(), read_only: mount.read_only }
+    }
+}
+
 impl From<&Vm> for VmView {
     fn from(vm: &Vm) -> Self {
         let spec = vm.spec.clone().unwrap_or_default();
@@ -111,6 +125,7 @@ impl From<&Vm> for VmView {
             env: spec.env.iter().map(env_pair).collect(),
             cwd: known(&spec.cwd),
             user: known(&spec.user),
+            volumes: spec.volumes.iter().map(MountView::from).collect(),
             address: known(&vm.address),
             vmm: known(&vm.vmm),
             vmm_version: known(&vm.vmm_version),
@@ -252,6 +267,11 @@ pub fn list(vms: &[Vm], now: SystemTime) -> String {
     table::rows(headers, rows)
 }
 
+/// As it was given: "NAME:/PATH:ro".
+fn mounted(volume: &VolumeMount) -> String {
+    format!("{}:{}{}", volume.volume, volume.path, if volume.read_only { ":ro" } else { "" })
+}
+
 /// `inspect`.
 pub fn detail(vm: &Vm, now: SystemTime) -> String {
     let spec = vm.spec.clone().unwrap_or_default();
@@ -271,6 +291,7 @@ pub fn detail(vm: &Vm, now: SystemTime) -> String {
     pairs.extend(labels.iter().map(|(key, value)| ("Label", format!("{key}={value}"))));
     pairs.extend(spec.env.iter().map(env_pair).map(|(name, value)| ("Env", format!("{name}={value}"))));
     pairs.extend(known(&spec.cwd).map(|cwd| ("Directory", cwd)));
+    pairs.extend(spec.volumes.iter().map(|volume| ("Volume", mounted(volume))));
     pairs.extend(known(&spec.user).map(|user| ("User", user)));
     pairs.extend(vm.remove_when_done.then(|| ("Remove", "when its first command has ended".to_owned())));
     pairs.extend(life(vm, now));

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clawpot_common::v1;
 use clawpot_control::Row;
 use clawpot_core::event::Event;
-use clawpot_core::{Desired, Exit, Failure, Phase, Reason, RestartPolicy, Timing, VmRecord};
+use clawpot_core::{Desired, DiskSource, Exit, ExtraDisk, Failure, Phase, Reason, RestartPolicy, Timing, VmRecord};
 use clawpot_types::{Error, Kind, Retry, Revision, Timestamp, VmId};
 
 pub fn vm(id: &VmId, row: &Row) -> v1::Vm {
@@ -104,7 +104,18 @@ fn spec(spec: &clawpot_core::VmSpec) -> v1::VmSpec {
             clawpot_core::Reach::None => v1::Network::None,
         }
         .into(),
+        volumes: spec.extra_disks.iter().filter_map(volume).collect(),
     }
+}
+
+/// Other disks are the server's own affair.
+fn volume(disk: &ExtraDisk) -> Option<v1::VolumeMount> {
+    let DiskSource::Volume(name) = &disk.source else { return None };
+    Some(v1::VolumeMount {
+        volume: name.to_string(),
+        path: disk.mount.as_ref().map(ToString::to_string).unwrap_or_default(),
+        read_only: disk.read_only,
+    })
 }
 
 fn failure(failure: &Failure) -> v1::Failure {

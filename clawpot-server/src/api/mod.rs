@@ -1,6 +1,7 @@
 //! The doors: proto ⇄ domain, one file per service. Wire types stop here.
 //!
-//! - [`vm`] · [`event`] · [`host`] · [`image`] · [`build`] the services · [`exec`] frames · [`convert`] records as messages
+//! - [`vm`] · [`event`] · [`host`] · [`image`] · [`build`] · [`volume`] the services · [`exec`] frames · [`convert`] records as
+//!   messages
 //! - [`validate`] forms are checked with the field's path in every error · [`status`] one table from errors to statuses
 //! - [`access`] who may call what · [`guard`] stands before all of them · [`meter`] counts what comes in
 
@@ -16,6 +17,7 @@ mod meter;
 pub mod status;
 pub mod validate;
 pub mod vm;
+pub mod volume;
 
 #[cfg(test)]
 mod fuzz_corpus;

@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use clawpot_common::v1;
 use clawpot_control::Settings;
 use clawpot_control::service::create::CreateVm;
-use clawpot_core::{Reach, RestartPolicy, VmSpec};
+use clawpot_core::{DiskSource, ExtraDisk, Reach, RestartPolicy, VmSpec};
+use clawpot_types::guest::MAX_EXTRA_DISKS;
 use clawpot_types::{Error, ImageRef, Kind, Label, MiB, Result, Vcpus};
 
 use super::convert;
@@ -61,7 +62,7 @@ fn vm_spec(spec: v1::VmSpec, settings: &Settings) -> Result<VmSpec> {
         }
     }
     let reach = reach("spec.network", spec.network)?;
-    Ok(VmSpec { image, vcpus, memory, disk, env, cwd: spec.cwd, user: spec.user, extra_disks: Vec::new(), reach })
+    Ok(VmSpec { image, vcpus, memory, disk, env, cwd: spec.cwd, user: spec.user, extra_disks: volumes(spec.volumes)?, reach })
 }
 
 pub fn reach(path: &str, wire: i32) -> Result<Reach> {
@@ -70,6 +71,21 @@ pub fn reach(path: &str, wire: i32) -> Result<Reach> {
         Ok(v1::Network::None) => Ok(Reach::None),
         Err(_) => Err(bad(path, format!("{wire}: this server knows default and none"))),
     }
+}
+
+fn volumes(mounts: Vec<v1::VolumeMount>) -> Result<Vec<ExtraDisk>> {
+    if mounts.len() > MAX_EXTRA_DISKS {
+        return Err(bad("spec.volumes", format!("{} of them: at most {MAX_EXTRA_DISKS}", mounts.len())));
+    }
+    let disk = |(index, mount): (usize, v1::VolumeMount)| {
+        let field = |name: &str| format!("spec.volumes[{index}].{name}");
+        Ok(ExtraDisk {
+            source: DiskSource::Volume(at(&field("volume"), mount.volume.parse())?),
+            read_only: mount.read_only,
+            mount: Some(at(&field("path"), mount.path.parse())?),
+        })
+    };
+    mounts.into_iter().enumerate().map(disk).collect()
 }
 
 fn env(vars: Vec<v1::EnvVar>) -> Result<Vec<(String, String)>> {

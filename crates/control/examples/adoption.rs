@@ -16,8 +16,8 @@ use clawpot_core::ports::Vmm;
 use clawpot_core::{Phase, RestartPolicy, VmmKind};
 use clawpot_store::{Options, SqliteStore, StateLock};
 use clawpot_testkit::{
-    Boot, FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeVmm, Faults, Method,
-    samples,
+    Boot, FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeVmm, FakeVolumes,
+    Faults, Method, samples,
 };
 
 const VMS: usize = 500;
@@ -59,6 +59,7 @@ fn deps(host: &Arc<FakeHost>, lock: &StateLock) -> Deps {
         store: store.clone(),
         events: store,
         images: Arc::new(FakeImages::new(host)),
+        volumes: FakeVolumes::new(),
         net: Arc::new(FakeNet::new(host)),
         vmms: Vmms::new(VmmKind::Qemu, [vmm]).unwrap(),
         console: Arc::new(FakeConsole::new(host)),

@@ -16,6 +16,9 @@ pub async fn start(deps: Deps) -> Result<Service> {
     // Before anything can be asked for: no new VM gets a slot of which something is left.
     let strays = keep::stray_slots(&service).await;
     service.block(&strays);
+    if let Err(error) = service.recover_volumes().await {
+        error!(error = error.chain(), "bringing volumes in order");
+    }
     let rows = service.records.rows_after(None);
     for (id, row) in &rows {
         match row {

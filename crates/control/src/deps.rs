@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clawpot_core::admission::{Footprint, Policy};
 use clawpot_core::plan::Limits;
-use clawpot_core::ports::{Clock, Console, EventLog, Guest, HostRoom, Ids, Images, Net, StateStore, Vmm};
+use clawpot_core::ports::{Clock, Console, EventLog, Guest, HostRoom, Ids, Images, Net, StateStore, Vmm, Volumes};
 use clawpot_core::{VmRecord, VmmKind};
 use clawpot_types::{Error, Kind, MiB, Millis, Result, Vcpus};
 
@@ -15,6 +15,7 @@ pub struct Deps {
     pub store: Arc<dyn StateStore>,
     pub events: Arc<dyn EventLog>,
     pub images: Arc<dyn Images>,
+    pub volumes: Arc<dyn Volumes>,
     pub net: Arc<dyn Net>,
     pub vmms: Vmms,
     pub console: Arc<dyn Console>,

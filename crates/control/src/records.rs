@@ -10,6 +10,8 @@ use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId, VmName};
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
+use crate::service::volume::LeaseChange;
+
 /// Watchers further behind than this are told so and list again.
 const WATCH_BACKLOG: usize = 1024;
 
@@ -241,8 +243,14 @@ impl Records {
         }
     }
 
-    /// A new VM with the guards of its slot, its name and whatever else `extra` writes, all or nothing.
-    pub async fn insert(&self, record: VmRecord, extra: Option<(String, Vec<u8>)>, event: Draft) -> Result<TxnOutcome> {
+    /// A new VM with the guards of its slot, its name and whatever else `extra` writes, and its hold on volumes, all or nothing.
+    pub(crate) async fn insert(
+        &self,
+        record: VmRecord,
+        extra: Option<(String, Vec<u8>)>,
+        leases: Vec<LeaseChange>,
+        event: Draft,
+    ) -> Result<TxnOutcome> {
         let claim = encode_claim(&record.id)?;
         let mut puts = vec![
             (name_key(&record.name), claim.clone()),
@@ -251,12 +259,13 @@ impl Records {
         ];
         // First, so that a repeated request is told as such and not as a clash of names.
         puts.splice(0..0, extra);
-        let txn = Txn {
+        let mut txn = Txn {
             guards: puts.iter().map(|(key, _)| Guard { key: key.clone(), expect: Expect::Absent }).collect(),
             ops: puts.into_iter().map(|(key, value)| Op::Put { key, value }).collect(),
             events: vec![event],
             durability: Durability::Full,
         };
+        add(&mut txn, leases);
         let outcome = self.commit(&record.id, txn).await?;
         if let TxnOutcome::Committed(revision) = outcome {
             self.publish(revision, record);
@@ -264,8 +273,14 @@ impl Records {
         Ok(outcome)
     }
 
-    /// Erases the record with what guards its slot and name. `None`: somebody changed it meanwhile.
-    pub async fn forget(&self, id: &VmId, revision: Revision, events: Vec<Draft>) -> Result<Option<Revision>> {
+    /// Erases the record with what guards its slot and name, and gives its volumes back. `None`: somebody changed it meanwhile.
+    pub(crate) async fn forget(
+        &self,
+        id: &VmId,
+        revision: Revision,
+        leases: Vec<LeaseChange>,
+        events: Vec<Draft>,
+    ) -> Result<Option<Revision>> {
         let (names, slots) = {
             let projection = self.lock();
             let names: Vec<_> =
@@ -275,12 +290,13 @@ impl Records {
         };
         let key = vm_key(id);
         let others = names.iter().map(name_key).chain(slots.iter().map(|slot| slot_key(*slot)));
-        let txn = Txn {
+        let mut txn = Txn {
             guards: vec![Guard { key: key.clone(), expect: Expect::Revision(revision) }],
             ops: std::iter::once(key.clone()).chain(others).map(|key| Op::Delete { key }).collect(),
             events,
             durability: Durability::Full,
         };
+        add(&mut txn, leases);
         let TxnOutcome::Committed(revision) = self.commit(id, txn).await? else {
             self.refresh(id).await?;
             return Ok(None);
@@ -365,6 +381,13 @@ impl Records {
     fn tell(&self, changed: Changed) {
         // An error means that nobody watches.
         self.changes.send(changed).map_or_else(drop, drop);
+    }
+}
+
+fn add(txn: &mut Txn, leases: Vec<LeaseChange>) {
+    for LeaseChange { key, revision, value } in leases {
+        txn.guards.push(Guard { key: key.clone(), expect: Expect::Revision(revision) });
+        txn.ops.push(Op::Put { key, value });
     }
 }
 

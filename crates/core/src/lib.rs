@@ -7,6 +7,7 @@
 //! - [`exit`] how a run ended, and what follows from it
 //! - [`exec`] frames between a caller and a process in a guest
 //! - [`event`] what happened, for people
+//! - [`volume`] disks that outlive VMs, and who may have them
 //! - [`ports`] the traits that drivers implement
 
 pub mod admission;
@@ -20,6 +21,7 @@ pub mod ports;
 pub mod record;
 pub mod request;
 pub mod slot;
+pub mod volume;
 
 pub use exit::{Exit, Reason, Restart, RestartPolicy};
 pub use facts::{Fact, Facts, GuestFact, LastWords, VmmEnd, VmmFact};

@@ -38,12 +38,31 @@ points! {
     ChildBorn = "host.child_born",
     Spawned = "host.spawned",
 
+    /// A volume's record says that it is being made.
+    VolumeWritten = "volume.written",
+    /// Its file is whole; the record does not know yet.
+    VolumeMade = "volume.made",
+    /// It is kept from machines, to be copied or grown.
+    VolumeHeld = "volume.held",
+    VolumeGrown = "volume.grown",
+    /// Its record says that it is being removed.
+    VolumeDoomed = "volume.doomed",
+    /// Its file is gone; the record is not.
+    VolumeErased = "volume.erased",
+    /// Its file bears no name yet.
+    VolumeFormatted = "volume.formatted",
+    /// Its file is longer, its file system is not.
+    VolumeLengthened = "volume.lengthened",
+    VolumeChecked = "volume.checked",
+    /// A machine may write to it from here on.
+    VolumeGiven = "volume.given",
+
     JailRootMade = "vmm.root_made",
     JailLinked = "vmm.files_linked",
     JailDiskGiven = "vmm.disk_given",
     JailDiskLinked = "vmm.disk_linked",
     /// An extra disk.
-    JailAttached = "vmm.extra_disk_linked",
+    JailAttached = "volume.linked",
     JailConsoleMade = "vmm.console_made",
     JailComplete = "vmm.jail_complete",
     VmmGrouped = "vmm.grouped",

@@ -177,7 +177,7 @@ fn clone_into_place(template: &Path, path: &Path) -> Result<Option<Cloned>> {
 }
 
 /// On the disk before it bears the name.
-fn put_in_place(half: &Path, path: &Path) -> Result<()> {
+pub(crate) fn put_in_place(half: &Path, path: &Path) -> Result<()> {
     let what = || format!("finishing {}", path.display());
     std::fs::File::open(half)
         .and_then(|file| file.sync_all())
@@ -188,7 +188,7 @@ fn put_in_place(half: &Path, path: &Path) -> Result<()> {
 }
 
 /// Half-made files bear names that begin with a dot.
-fn sweep(dir: &Path) -> Result<()> {
+pub(crate) fn sweep(dir: &Path) -> Result<()> {
     let what = || format!("looking for half-made files in {}", dir.display());
     for entry in std::fs::read_dir(dir).map_err(|error| Error::io(what(), error))? {
         let entry = entry.map_err(|error| Error::io(what(), error))?;
@@ -201,7 +201,7 @@ fn sweep(dir: &Path) -> Result<()> {
 }
 
 /// A full disk is told as such, whether a system call or mke2fs met it.
-fn no_room(error: Error, dir: &Path) -> Error {
+pub(crate) fn no_room(error: Error, dir: &Path) -> Error {
     let chain = error.chain();
     if error.kind() != Kind::Exhausted && !chain.contains("No space left on device") {
         return error;
@@ -211,7 +211,7 @@ fn no_room(error: Error, dir: &Path) -> Error {
 }
 
 /// Runs `work` where it may block. `held` is let go when it ends, even if nobody waits for it any more.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     held: impl Send + 'static,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
@@ -224,7 +224,7 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// Takes a half-made file or directory away when its making ends, however it ends.
-struct RemovedOnDrop(PathBuf);
+pub(crate) struct RemovedOnDrop(pub(crate) PathBuf);
 
 impl Drop for RemovedOnDrop {
     fn drop(&mut self) {

@@ -8,6 +8,7 @@
 //! - [`build`] layers to a file system, by way of [`unpack`], a process of its own: `clawpot-unpack`
 //! - [`Bench`] the `Workbench` port: images that are built of flakes
 //! - [`verify`] files are what their digest says; each is read once, not once a VM
+//! - [`LocalVolumes`] the `Volumes` port: disks that outlive VMs
 //! - [`disks`] VMs' writable disks, cloned from a formatted template
 //!
 //! The image store is shared by servers and written by `scripts/` too. The state directory gets `disks/`, `templates/` and
@@ -26,8 +27,10 @@ pub mod refs;
 pub mod store;
 pub mod unpack;
 pub mod verify;
+mod volumes;
 pub mod write;
 
 pub use driver::{Kernel, LocalImages};
 pub use flake::Bench;
 pub use library::{Library, Room};
+pub use volumes::LocalVolumes;

@@ -18,7 +18,8 @@ use clawpot_core::ports::Vmm;
 use clawpot_core::{Phase, RestartPolicy, VmmKind};
 use clawpot_store::{Options, SqliteStore, StateLock};
 use clawpot_testkit::{
-    Boot, FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeVmm, Faults, samples,
+    Boot, FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeVmm, FakeVolumes,
+    Faults, samples,
 };
 use clawpot_types::VmId;
 use futures_util::StreamExt as _;
@@ -173,6 +174,7 @@ fn deps(host: &Arc<FakeHost>, store: Arc<SqliteStore>) -> Deps {
         store: store.clone(),
         events: store,
         images: Arc::new(FakeImages::new(host)),
+        volumes: FakeVolumes::new(),
         net: Arc::new(FakeNet::new(host)),
         vmms: Vmms::new(VmmKind::Qemu, [vmm]).unwrap(),
         console: Arc::new(FakeConsole::new(host)),

@@ -9,8 +9,8 @@ use clawpot_core::VmmKind;
 use clawpot_core::admission::Room;
 use clawpot_core::ports::{Images, Net, Vmm};
 use clawpot_testkit::{
-    Boot, FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeVmm, Faults,
-    Shutdown, samples,
+    Boot, FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeVmm, FakeVolumes,
+    Faults, Shutdown, samples,
 };
 use clawpot_types::{MiB, Result};
 use tokio::sync::Notify;
@@ -114,6 +114,7 @@ impl World {
             store: store.clone(),
             events: store,
             images,
+            volumes: FakeVolumes::new(),
             net,
             vmms: Vmms::new(VmmKind::Qemu, [vmm])?,
             console: Arc::new(FakeConsole::new(&self.host)),

@@ -2,7 +2,7 @@
 //!
 //! - [`faults`] what goes wrong and when; every call of every fake passes through it
 //! - [`host`] the shared inventory: [`FakeHost::left_behind`], [`FakeHost::violations`]
-//! - [`images`], [`net`], [`vmm`], [`guest`], [`room`] the ports over it; [`store`] `StateStore` and `EventLog`; [`time`] `Clock` and `Ids`
+//! - [`images`], [`net`], [`vmm`], [`guest`], [`room`], [`volumes`] the ports over it; [`store`] `StateStore` and `EventLog`; [`time`] `Clock` and `Ids`
 //! - [`samples`] records to begin with
 //! - [`conformance`] the contract of `StateStore` and `EventLog` as a suite
 //!
@@ -19,6 +19,7 @@ pub mod samples;
 pub mod store;
 pub mod time;
 pub mod vmm;
+pub mod volumes;
 
 pub use faults::{Director, Faults, Injection, Line, Method};
 pub use guest::FakeGuest;
@@ -29,3 +30,4 @@ pub use room::FakeRoom;
 pub use store::FakeStore;
 pub use time::{FakeClock, FakeIds};
 pub use vmm::{FakeConsole, FakeVmm};
+pub use volumes::FakeVolumes;

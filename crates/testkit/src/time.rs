@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use clawpot_core::ports::{Clock, Ids};
-use clawpot_types::{Timestamp, VmId, VmName};
+use clawpot_types::{Timestamp, VmId, VmName, VolumeId};
 
 /// Where every fake clock begins: 2027-01-15 08:00:00 UTC.
 pub const START: Timestamp = Timestamp(1_800_000_000_000_000);
@@ -78,6 +78,12 @@ impl Ids for FakeIds {
         bytes[..8].copy_from_slice(&low);
         bytes[8..].copy_from_slice(&high);
         VmId::from_random(bytes)
+    }
+
+    fn volume_id(&self) -> VolumeId {
+        let text = self.vm_id();
+        // Both are sixteen of the same signs.
+        text.as_str().parse().unwrap_or_else(|error| unreachable!("{text}: {error}"))
     }
 
     fn vm_name(&self) -> VmName {

@@ -2,14 +2,15 @@
 
 use clawpot_core::facts::GuestFact;
 use clawpot_core::plan::Step;
-use clawpot_core::ports::{Attachment, Machine, Vmm};
-use clawpot_core::{DiskSource, ExtraDisk, Phase, Reach, VmRecord};
+use clawpot_core::ports::{Machine, Vmm};
+use clawpot_core::{Phase, Reach, VmRecord};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Millis, Result};
 use tracing::info;
 
 use super::Runner;
 use crate::live::Link;
+use crate::service::volume;
 
 impl Runner {
     pub(super) async fn act(&self, step: Step, record: &VmRecord) -> Result<()> {
@@ -43,7 +44,8 @@ impl Runner {
         self.deps.vmms.get(choice.kind)
     }
 
-    async fn machine(&self, record: &VmRecord) -> Result<Machine> {
+    /// `ready`: its volumes are made ready for it.
+    async fn machine(&self, record: &VmRecord, ready: bool) -> Result<Machine> {
         Ok(Machine {
             id: record.machine(),
             name: record.name.clone(),
@@ -51,18 +53,18 @@ impl Runner {
             memory: record.spec.memory,
             files: self.deps.images.ensure(&record.image).await?,
             disk: self.deps.images.disk_path(&record.id),
-            attachments: attachments(record)?,
+            attachments: volume::attachments(&self.deps, record, ready).await?,
             seat: self.deps.net.seat(record.slot)?,
         })
     }
 
     async fn prepare(&self, record: &VmRecord) -> Result<()> {
-        let machine = self.machine(record).await?;
+        let machine = self.machine(record, true).await?;
         self.vmm(record)?.prepare(&machine).await
     }
 
     async fn start(&self, record: &VmRecord) -> Result<()> {
-        let machine = self.machine(record).await?;
+        let machine = self.machine(record, false).await?;
         self.vmm(record)?.start(&machine).await
     }
 
@@ -103,26 +105,15 @@ impl Runner {
     async fn destroy(&self, record: &VmRecord) -> Result<()> {
         self.deps.guest.forget(&record.machine());
         self.lives.set_link(&record.id, None);
-        self.vmm(record)?.destroy(&record.machine()).await
+        self.vmm(record)?.destroy(&record.machine()).await?;
+        volume::settle(&self.deps, record).await;
+        Ok(())
     }
 
     fn link(&self, record: &VmRecord) -> Result<Link> {
         let link = self.lives.link(&record.id).filter(|link| link.machine == record.machine());
         link.ok_or_else(|| Error::new(Kind::Unavailable, "its guest is not attached"))
     }
-}
-
-fn attachments(record: &VmRecord) -> Result<Vec<Attachment>> {
-    let attach = |disk: &ExtraDisk| {
-        let file = match &disk.source {
-            DiskSource::File(path) => path.clone(),
-            DiskSource::Volume(name) => {
-                return Err(Error::new(Kind::Unsupported, format!("volume {name}: this server has no volumes yet")));
-            }
-        };
-        Ok(Attachment { file, read_only: disk.read_only, mount: disk.mount.clone() })
-    };
-    record.spec.extra_disks.iter().map(attach).collect()
 }
 
 const fn doing(step: Step) -> &'static str {

@@ -13,6 +13,7 @@ use tracing::{error, info, warn};
 
 use super::Runner;
 use crate::service::event;
+use crate::service::volume::{releases, volumes_of};
 
 /// Console lines kept with a failure.
 const TAIL_LINES: usize = 20;
@@ -117,7 +118,11 @@ impl Runner {
     /// `true` when the record is gone.
     pub(super) async fn forget(&self, revision: Revision, record: &VmRecord) -> Result<bool> {
         let gone = event(&self.deps, record, "vm.gone", "nothing of it is left".to_owned(), SERVER);
-        if self.records.forget(&record.id, revision, vec![gone]).await?.is_none() {
+        let leases = match volumes_of(record).next() {
+            Some(_) => releases(&self.deps, &record.id).await?,
+            None => Vec::new(),
+        };
+        if self.records.forget(&record.id, revision, leases, vec![gone]).await?.is_none() {
             return Ok(false);
         }
         failpoint::reached(Point::Forgotten);

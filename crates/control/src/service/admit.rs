@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use clawpot_core::VmRecord;
 use clawpot_core::admission::{Budgets, Claim, may_have_machine};
-use clawpot_types::{Result, VmId};
+use clawpot_types::{MiB, Result, VmId, VolumeName};
 
 use super::Service;
 use crate::records::Row;
@@ -62,9 +62,24 @@ impl Service {
         self.admit(record, &format!("VM {}: start", record.name)).await.map(Some)
     }
 
+    /// Counts `size` for the volume from now on, if there is room for what it has more than before.
+    pub(super) async fn promise_volume(&self, name: &VolumeName, size: MiB, what: &str) -> Result<()> {
+        let room = self.deps.room.look().await?;
+        // Held until it counts: two who ask at the same moment cannot both have the last of something.
+        let promised = self.shared.ledger.promised.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = self.held(&promised, None);
+        let budgets = Budgets::new(&self.deps.settings.admission, &room, self.deps.net.slots(), held);
+        let before = self.volumes().get(name).copied().unwrap_or_default();
+        let asked = Claim { disk: size.0.saturating_sub(before), ..Claim::default() };
+        budgets.admit(asked).map_err(|short| short.error(what))?;
+        self.volumes().insert(name.clone(), size.0);
+        Ok(())
+    }
+
     /// By everyone but `except`.
     fn held(&self, promised: &BTreeMap<VmId, Claim>, except: Option<&VmId>) -> Claim {
-        let mut held = Claim::default();
+        let disk = self.volumes().values().fold(0u64, |sum, mib| sum.saturating_add(*mib));
+        let mut held = Claim { disk, ..Claim::default() };
         // Those of which there is no row yet, by the same look: a row that appears meanwhile counts as promised.
         let mut unseen = promised.clone();
         for (id, row) in self.records.rows_after(None) {

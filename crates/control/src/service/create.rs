@@ -102,7 +102,8 @@ impl Service {
                 None => None,
             };
             let created = event(&self.deps, &record, "vm.create", told(&record), actor);
-            let outcome = self.records.insert(record.clone(), extra, created).await;
+            let leases = self.leases(&record).await?;
+            let outcome = self.records.insert(record.clone(), extra, leases, created).await;
             match outcome.inspect_err(|_| self.find_out(record.id.clone()))? {
                 TxnOutcome::Committed(revision) => {
                     failpoint::reached(Point::Accepted);

@@ -27,7 +27,8 @@ impl Service {
         }
         self.deps.images.remove_disk(id).await?;
         self.deps.console.erase(id).await?;
-        match self.records.forget(id, revision, vec![self.forced(id, actor)?]).await? {
+        let leases = super::volume::releases(&self.deps, id).await?;
+        match self.records.forget(id, revision, leases, vec![self.forced(id, actor)?]).await? {
             Some(_) => Ok(()),
             None => Err(Error::new(Kind::Conflict, format!("VM {id}: its row changed while it was removed"))),
         }

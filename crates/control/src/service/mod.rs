@@ -1,5 +1,6 @@
 //! The use cases, one file per verb. Each checks first, then writes intent in one transaction, then wakes the runner.
 //!
+//! - [`volume`] disks that outlive VMs
 //! - `admit` what may be taken in · [`create`] · [`drain`] · [`read`] get, list, watch · [`intent`] start, stop, delete, time to live · [`exec`] · [`console`] · [`force`] the way
 //!   out of quarantine
 
@@ -11,14 +12,15 @@ pub mod exec;
 pub mod force;
 pub mod intent;
 pub mod read;
+pub mod volume;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use clawpot_core::VmRecord;
 use clawpot_core::event::Draft;
 use clawpot_core::slot::next_free;
-use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId};
+use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId, VolumeName};
 use tokio::sync::watch;
 use tracing::warn;
 
@@ -43,6 +45,8 @@ struct Shared {
     /// Slots of which something was left by nobody knows whom: given to no VM.
     blocked: Mutex<BTreeSet<Slot>>,
     ledger: Arc<admit::Ledger>,
+    /// Sizes of all volumes, MiB, those being made too: part of what is promised.
+    volumes: Mutex<BTreeMap<VolumeName, u64>>,
     /// VMs of which the store did not say whether a change was done.
     in_doubt: Mutex<BTreeSet<VmId>>,
     leaving: watch::Sender<bool>,
@@ -56,6 +60,7 @@ impl Service {
             blocked: Mutex::default(),
             in_doubt: Mutex::default(),
             ledger: Arc::default(),
+            volumes: Mutex::default(),
             leaving: watch::channel(false).0,
             runners: Mutex::new(Vec::new()),
         };
@@ -130,6 +135,10 @@ impl Service {
             }
         });
         self.shared.runners.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+    }
+
+    fn volumes(&self) -> std::sync::MutexGuard<'_, BTreeMap<VolumeName, u64>> {
+        self.shared.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn in_doubt(&self) -> std::sync::MutexGuard<'_, BTreeSet<VmId>> {

@@ -12,8 +12,8 @@ use clawpot_core::exec::{ExecEnd, ExecInput, ExecOutput, ExecStart};
 use clawpot_core::ports::Vmm;
 use clawpot_core::{Phase, RestartPolicy, VmRecord, VmmKind};
 use clawpot_testkit::{
-    FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeStore, FakeVmm, Faults,
-    samples,
+    FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeStore, FakeVmm,
+    FakeVolumes, Faults, samples,
 };
 use clawpot_types::{Error, ExecId, Millis, Result, VmId};
 use futures_util::StreamExt as _;
@@ -27,6 +27,7 @@ pub struct House {
     pub store: Arc<FakeStore>,
     clock: Arc<FakeClock>,
     ids: Arc<FakeIds>,
+    pub volumes: Arc<FakeVolumes>,
     service: Option<Service>,
 }
 
@@ -42,6 +43,7 @@ impl House {
             store: FakeStore::new(&faults),
             clock: Arc::new(FakeClock::following_tokio()),
             ids: Arc::new(FakeIds::seeded(1)),
+            volumes: FakeVolumes::new(),
             faults,
             service: None,
         };
@@ -68,6 +70,7 @@ impl House {
             store: self.store.clone(),
             events: self.store.clone(),
             images: Arc::new(FakeImages::new(&self.host)),
+            volumes: self.volumes.clone(),
             net: Arc::new(FakeNet::new(&self.host)),
             vmms: Vmms::new(VmmKind::Qemu, [vmm]).unwrap(),
             console: Arc::new(FakeConsole::new(&self.host)),

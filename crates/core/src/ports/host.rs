@@ -1,5 +1,5 @@
 use async_trait::async_trait;
-use clawpot_types::{Result, Timestamp, VmId, VmName};
+use clawpot_types::{Result, Timestamp, VmId, VmName, VolumeId};
 
 use crate::admission::Room;
 
@@ -11,6 +11,7 @@ pub trait Clock: Send + Sync {
 /// Randomness for names that nobody chose.
 pub trait Ids: Send + Sync {
     fn vm_id(&self) -> VmId;
+    fn volume_id(&self) -> VolumeId;
     /// A name that is easy to say; may clash, then ask again.
     fn vm_name(&self) -> VmName;
 }

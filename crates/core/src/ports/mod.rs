@@ -10,6 +10,7 @@ mod images;
 mod net;
 mod store;
 mod vmm;
+mod volumes;
 
 pub use build::{BuildName, BuildOrder, BuilderGuest, BuilderSays, FlakeSource, Revision, Source, Workbench};
 pub use guest::{Guest, GuestEndpoint, Hello};
@@ -23,6 +24,7 @@ pub use store::{
     Change, Durability, Entry, EventLog, Expect, Guard, Listing, Op, StateStore, Txn, TxnOutcome, Unreadable,
 };
 pub use vmm::{Attachment, Capabilities, Console, Machine, Vmm};
+pub use volumes::{Copied, VolumeFile, Volumes};
 
 use std::pin::Pin;
 

@@ -2,12 +2,14 @@
 //!
 //! - [`run`] its whole life: confine itself, take layers, become `mke2fs`; or take a disk and become `debugfs`
 //! - [`sandbox`] what it gives up · [`wire`] what it and the server say to each other
+//! - [`program`] its other life: `e2fsck` or `resize2fs` on a volume
 //! - [`layer`] decompress, hash, read entries · [`mod@tar`] the archive · [`tree`] entries into files · [`limits`] how much
 //!
 //! Everything here blocks and has one thread. The server's side is [`crate::build`].
 
 pub mod layer;
 pub mod limits;
+pub mod program;
 pub mod sandbox;
 pub mod tar;
 pub mod tree;
@@ -26,9 +28,13 @@ use limits::{Budget, Limits};
 use tree::Tree;
 use wire::{COMMANDS, Order, ROOTFS, Report, SOCKET, TREE};
 
-/// The binary's `main`. Does not return when all goes well: the process becomes `mke2fs`.
+/// The binary's `main`. Does not return when all goes well: the process becomes `mke2fs`, or what it is told to become.
 #[must_use]
 pub fn run() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let Some((program::VERB, arguments)) = arguments.split_first().map(|(verb, rest)| (verb.as_str(), rest)) {
+        return program::run(arguments);
+    }
     // SAFETY: whoever starts the helper gives it this descriptor; nobody else in this process knows it.
     let socket = unsafe { OwnedFd::from_raw_fd(SOCKET) };
     match work(socket.as_fd()) {

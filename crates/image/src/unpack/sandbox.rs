@@ -7,7 +7,12 @@
 use std::os::fd::BorrowedFd;
 
 use clawpot_types::{Error, Kind, Result};
-use landlock::{ABI, Access, AccessFs, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus};
+use landlock::{
+    ABI, Access, AccessFs, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus,
+};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
+
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Gid, Resource, Rlimit, Uid};
 use rustix::thread::UnshareFlags;
 
@@ -15,6 +20,9 @@ use rustix::thread::UnshareFlags;
 const MEMORY: u64 = 1 << 30;
 /// CPU time, seconds: a 64 GiB image takes some ten minutes.
 const CPU: u64 = 3600;
+/// Address space of a check, bytes: `e2fsck` keeps a few bits for each block and inode, some 1 GiB for the largest volume.
+const CHECK_MEMORY: u64 = 4 << 30;
+const LANDLOCK: ABI = ABI::V5;
 /// What `mke2fs` and the loader read.
 const READABLE: [&str; 7] = ["/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/nix/store"];
 
@@ -56,10 +64,44 @@ pub fn enter(file_size: u64, disk: Option<BorrowedFd<'_>>) -> Result<()> {
     landlock(disk)
 }
 
+/// Without a namespace of owners, for a program that needs none: an unprivileged user without network, who may open nothing but what
+/// it is made of and the file at `fd`. The length of that file is limited by whoever started this process.
+pub fn confine(user: u32, fd: RawFd) -> Result<()> {
+    let flags = UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+    // SAFETY: no descriptor table and no memory is unshared, and there is no other thread.
+    unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(|errno| failed("leaving the network", errno))?;
+    let (uid, gid) = (Uid::from_raw(user), Gid::from_raw(user));
+    rustix::thread::set_thread_groups(&[]).map_err(|errno| failed("dropping groups", errno))?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(|errno| failed("becoming its group", errno))?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(|errno| failed("becoming its user", errno))?;
+    for (resource, most) in
+        [(Resource::As, CHECK_MEMORY), (Resource::Cpu, CPU), (Resource::Nofile, 64), (Resource::Nproc, 1)]
+    {
+        let limit = Rlimit { current: Some(most), maximum: Some(most) };
+        rustix::process::setrlimit(resource, limit).map_err(|errno| failed("setting limits", errno))?;
+    }
+    rustix::thread::set_no_new_privs(true).map_err(|errno| failed("giving up new privileges", errno))?;
+    // SAFETY: whoever starts the helper so gives it this descriptor, and it stays open for the program.
+    let file = unsafe { BorrowedFd::borrow_raw(fd) };
+    let refused = |error: landlock::RulesetError| Error::new(Kind::Internal, "sandbox: landlock").because(error);
+    let mut rules =
+        Ruleset::default().handle_access(AccessFs::from_all(LANDLOCK)).map_err(refused)?.create().map_err(refused)?;
+    let mine = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
+    rules = rules.add_rule(PathBeneath::new(file, mine)).map_err(refused)?;
+    // They will not work without having seen that nobody has mounted it. Open until the program ends: procfs would else give the next
+    // one to look another inode, of which the rule knows nothing.
+    let mounts = rustix::fs::open("/proc/self/mounts", OFlags::PATH, Mode::empty())
+        .map_err(|errno| failed("opening /proc/self/mounts", errno))?;
+    rules = rules.add_rule(PathBeneath::new(mounts.as_fd(), AccessFs::ReadFile)).map_err(refused)?;
+    restrict(readable(rules)?)?;
+    std::mem::forget(mounts);
+    Ok(())
+}
+
 /// Where the kernel has landlock; from Linux 5.19 on, as without its `REFER` there could be no hard links.
 fn landlock(disk: Option<BorrowedFd<'_>>) -> Result<()> {
     let refused = |error: landlock::RulesetError| Error::new(Kind::Internal, "sandbox: landlock").because(error);
-    let abi = ABI::V5;
+    let abi = LANDLOCK;
     // Devices of every kind are among what nobody is allowed.
     let mine = AccessFs::from_all(abi)
         & !(AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::MakeSock | AccessFs::Execute | AccessFs::IoctlDev);
@@ -67,6 +109,12 @@ fn landlock(disk: Option<BorrowedFd<'_>>) -> Result<()> {
         Ruleset::default().handle_access(AccessFs::from_all(abi)).map_err(refused)?.create().map_err(refused)?;
     let here = PathFd::new(".").map_err(|error| Error::new(Kind::Internal, "sandbox: landlock").because(error))?;
     rules = rules.add_rule(PathBeneath::new(here, mine)).map_err(refused)?;
+    restrict(readable(rules)?)
+}
+
+/// What programs and the loader are made of.
+fn readable(mut rules: RulesetCreated) -> Result<RulesetCreated> {
+    let refused = |error: landlock::RulesetError| Error::new(Kind::Internal, "sandbox: landlock").because(error);
     for path in READABLE {
         // Not every distribution has all of them.
         if let Ok(path) = PathFd::new(path) {
@@ -81,9 +129,14 @@ fn landlock(disk: Option<BorrowedFd<'_>>) -> Result<()> {
     if let Ok(null) = PathFd::new("/dev/null") {
         rules = rules.add_rule(PathBeneath::new(null, AccessFs::ReadFile | AccessFs::WriteFile)).map_err(refused)?;
     }
+    Ok(rules)
+}
+
+fn restrict(rules: RulesetCreated) -> Result<()> {
+    let refused = |error: landlock::RulesetError| Error::new(Kind::Internal, "sandbox: landlock").because(error);
     let status = rules.restrict_self().map_err(refused)?;
     if status.ruleset == RulesetStatus::NotEnforced {
-        eprintln!("clawpot-unpack: this kernel has no landlock; the user namespace alone confines it");
+        eprintln!("clawpot-unpack: this kernel has no landlock; its user alone confines it");
     }
     Ok(())
 }

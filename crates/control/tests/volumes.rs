@@ -1,0 +1,217 @@
+//! Volumes: who may have them, and what a death of the daemon leaves. No file system is at stake: see `clawpot-image`'s tests.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use clawpot_control::service::create::CreateVm;
+use clawpot_core::volume::VolumeState;
+use clawpot_core::{DiskSource, ExtraDisk, Phase};
+use clawpot_testkit::volumes::{FakeFile, Fault};
+use clawpot_types::{Error, Kind, MiB, Result, VmId, VolumeId, VolumeName};
+use support::{House, wanted};
+
+const SIZE: MiB = MiB(1024);
+
+fn name(text: &str) -> VolumeName {
+    text.parse().unwrap()
+}
+
+/// A VM that wants volumes: `(name, read_only)`.
+fn with(vm: &str, volumes: &[(&str, bool)]) -> CreateVm {
+    let mut body = wanted(vm);
+    let disk = |(volume, read_only): &(&str, bool)| ExtraDisk {
+        source: DiskSource::Volume(name(volume)),
+        read_only: *read_only,
+        mount: Some(format!("/{volume}").parse().unwrap()),
+    };
+    body.spec.extra_disks = volumes.iter().map(disk).collect();
+    body
+}
+
+async fn create(house: &House, vm: &str, volumes: &[(&str, bool)]) -> Result<VmId> {
+    house.try_create(vm, &with(vm, volumes)).await
+}
+
+async fn make(house: &House, volume: &str) {
+    house.service().create_volume(name(volume), SIZE, "uid=0").await.unwrap();
+}
+
+fn refused(answer: Result<VmId>, words: &str) {
+    let error = answer.unwrap_err();
+    assert_eq!(error.kind(), Kind::FailedPrecondition, "{}", error.chain());
+    assert!(error.chain().contains(words), "{}", error.chain());
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_vm_writes_until_it_is_gone() {
+    let house = House::new().await;
+    make(&house, "db").await;
+    let first = create(&house, "first", &[("db", false)]).await.unwrap();
+    refused(create(&house, "second", &[("db", false)]).await, "VM first writes to it");
+    refused(create(&house, "reader", &[("db", true)]).await, "VM first writes to it");
+    house.until(&first, Some(Phase::Running)).await;
+    // Stopped, it still has it: its next start cannot fail for that.
+    house.stop(&first).await;
+    refused(create(&house, "second", &[("db", false)]).await, "VM first writes to it");
+    let error = house.service().delete_volume(name("db"), "uid=0").await.unwrap_err();
+    assert!(error.chain().contains("VM first has it"), "{}", error.chain());
+    house.delete(&first).await;
+    let second = create(&house, "second", &[("db", false)]).await.unwrap();
+    house.delete(&second).await;
+    assert_eq!(house.volumes.files().len(), 1, "kept over both");
+    house.service().delete_volume(name("db"), "uid=0").await.unwrap();
+    assert!(house.volumes.files().is_empty());
+}
+
+/// Of many who ask in the same moment one gets it, and nothing of the others stays.
+#[tokio::test(start_paused = true)]
+async fn two_writers_at_once() {
+    let house = House::new().await;
+    make(&house, "db").await;
+    let names = ["a", "b", "c", "d"];
+    let (one, two, three, four) = (
+        with("a", &[("db", false)]),
+        with("b", &[("db", false)]),
+        with("c", &[("db", false)]),
+        with("d", &[("db", false)]),
+    );
+    let answers = tokio::join!(
+        house.try_create("a", &one),
+        house.try_create("b", &two),
+        house.try_create("c", &three),
+        house.try_create("d", &four)
+    );
+    let answers = [answers.0, answers.1, answers.2, answers.3];
+    assert_eq!(answers.iter().filter(|answer| answer.is_ok()).count(), 1, "of {names:?}");
+    assert_eq!(house.service().records().count(), 1);
+    let view = house.service().get_volume(&name("db")).await.unwrap();
+    assert_eq!(view.record.attached.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn any_number_read() {
+    let house = House::new().await;
+    make(&house, "models").await;
+    for vm in ["a", "b", "c"] {
+        create(&house, vm, &[("models", true)]).await.unwrap();
+    }
+    refused(create(&house, "writer", &[("models", false)]).await, "reads it");
+    let view = house.service().get_volume(&name("models")).await.unwrap();
+    assert_eq!(view.record.attached.len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_that_is_not_there_makes_no_vm() {
+    let house = House::new().await;
+    make(&house, "db").await;
+    let error = create(&house, "web", &[("db", false), ("nix", true)]).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::NotFound);
+    assert!(error.chain().contains("spec.volumes: volume nix"), "{}", error.chain());
+    assert_eq!(house.service().records().count(), 0);
+    assert!(house.service().get_volume(&name("db")).await.unwrap().record.attached.is_empty());
+    let error = create(&house, "web", &[("db", false), ("db", true)]).await.unwrap_err();
+    assert!(error.chain().contains("volume db is there twice"), "{}", error.chain());
+}
+
+/// Unclean while a machine may write; after its end only if the file system does not say that it was unmounted.
+#[tokio::test(start_paused = true)]
+async fn it_is_checked_after_an_unclean_end_and_only_then() {
+    let house = House::new().await;
+    make(&house, "db").await;
+    let checks = |house: &House| house.volumes.files().values().next().unwrap().checks;
+    let vm = create(&house, "web", &[("db", false)]).await.unwrap();
+    house.until(&vm, Some(Phase::Running)).await;
+    let view = house.service().get_volume(&name("db")).await.unwrap();
+    assert!(view.record.unclean && checks(&house) == 0);
+    house.stop(&vm).await;
+    assert!(!house.service().get_volume(&name("db")).await.unwrap().record.unclean);
+    house.start(&vm).await;
+    assert_eq!(checks(&house), 0);
+    // The guest had no time to unmount it.
+    house.volumes.put(view.record.id.clone(), FakeFile { size: SIZE, clean: false, checks: 0 });
+    house.stop(&vm).await;
+    assert!(house.service().get_volume(&name("db")).await.unwrap().record.unclean);
+    house.start(&vm).await;
+    assert_eq!(checks(&house), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_disk_leaves_nothing() {
+    let house = House::new().await;
+    house.volumes.fail_next(Fault::DiskFull);
+    let error = house.service().create_volume(name("db"), SIZE, "uid=0").await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Exhausted);
+    let (volumes, unreadable) = house.service().list_volumes().await.unwrap();
+    assert!(volumes.is_empty() && unreadable.is_empty() && house.volumes.files().is_empty());
+    make(&house, "db").await;
+    house.volumes.fail_next(Fault::DiskFull);
+    house.service().copy_volume(name("db"), name("copy"), "uid=0").await.unwrap_err();
+    let (volumes, _) = house.service().list_volumes().await.unwrap();
+    assert_eq!(volumes.len(), 1);
+    assert_eq!(volumes[0].record.state, VolumeState::Ready, "the source is free again");
+    house.service().copy_volume(name("db"), name("copy"), "uid=0").await.unwrap();
+    let error = house.service().copy_volume(name("db"), name("copy"), "uid=0").await.unwrap_err();
+    assert_eq!(error.kind(), Kind::AlreadyExists);
+}
+
+/// Every volume counts, and is no more than there is room for.
+#[tokio::test(start_paused = true)]
+async fn the_disk_budget_counts_volumes() {
+    let house = House::new().await;
+    let budget = house.service().budgets().await.unwrap().disk;
+    make(&house, "db").await;
+    assert_eq!(house.service().budgets().await.unwrap().disk.used, budget.used + SIZE.0);
+    let error = house.service().create_volume(name("huge"), MiB(budget.limit), "uid=0").await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Exhausted, "{}", error.chain());
+    house.service().delete_volume(name("db"), "uid=0").await.unwrap();
+    assert_eq!(house.service().budgets().await.unwrap().disk.used, budget.used);
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_grows_while_no_machine_has_it() {
+    let house = House::new().await;
+    make(&house, "db").await;
+    let vm = create(&house, "web", &[("db", false)]).await.unwrap();
+    house.until(&vm, Some(Phase::Running)).await;
+    let grow = async |size| house.service().resize_volume(name("db"), MiB(size), "uid=0").await;
+    let said = |error: Error| error.chain();
+    assert!(said(grow(2048).await.unwrap_err()).contains("VM web has it and is not stopped"));
+    house.stop(&vm).await;
+    assert_eq!(grow(2048).await.unwrap().record.size, MiB(2048));
+    assert!(said(grow(1024).await.unwrap_err()).contains("only grows"));
+    assert_eq!(house.volumes.files().values().next().unwrap().size, MiB(2048));
+    house.start(&vm).await;
+}
+
+/// The daemon dies in the middle of each; the next one finishes or undoes it.
+#[tokio::test(start_paused = true)]
+async fn what_a_death_leaves_is_put_in_order() {
+    let mut house = House::new().await;
+    make(&house, "db").await;
+    make(&house, "old").await;
+    let stray = VolumeId::from_random([9; VolumeId::LEN]);
+    house.volumes.put(stray, FakeFile { size: SIZE, clean: true, checks: 0 });
+    for turn in 0..4 {
+        house.volumes.fail_next(Fault::Death);
+        let service = house.service().clone();
+        let dying = tokio::spawn(async move {
+            match turn {
+                0 => service.create_volume(name("new"), SIZE, "uid=0").await.map(drop),
+                1 => service.copy_volume(name("db"), name("new"), "uid=0").await.map(drop),
+                2 => service.resize_volume(name("db"), MiB(2048), "uid=0").await.map(drop),
+                _ => service.delete_volume(name("old"), "uid=0").await,
+            }
+        });
+        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        assert!(!dying.is_finished());
+        house.restart().await;
+        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        let (volumes, _) = house.service().list_volumes().await.unwrap();
+        let names: Vec<&str> = volumes.iter().map(|view| view.record.name.as_str()).collect();
+        let want: &[&str] = if turn == 3 { &["db"] } else { &["db", "old"] };
+        assert_eq!(names, want, "turn {turn}");
+        assert!(volumes.iter().all(|view| view.record.state == VolumeState::Ready && view.file.is_some()));
+        assert_eq!(house.volumes.files().len(), want.len(), "no file without a record after turn {turn}");
+    }
+    assert_eq!(house.volumes.files().values().next().unwrap().size, MiB(2048));
+}

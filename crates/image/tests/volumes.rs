@@ -1,0 +1,133 @@
+//! Volumes' files for real: made, copied, brought in order by a program that may do nothing else, grown. Needs root and e2fsprogs.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use clawpot_core::ports::{Copied, Volumes as _};
+use clawpot_host::process::{Tool, find_program};
+use clawpot_image::LocalVolumes;
+use clawpot_types::{Kind, MiB, VolumeId};
+
+const SIZE: MiB = MiB(256);
+
+fn id(n: u8) -> VolumeId {
+    VolumeId::from_random([n; VolumeId::LEN])
+}
+
+fn helper() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_clawpot-unpack"))
+}
+
+/// `None`, having said why, where they cannot run.
+fn place() -> Option<(tempfile::TempDir, LocalVolumes)> {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: needs root");
+        return None;
+    }
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let volumes = LocalVolumes::open(dir.path(), helper()).unwrap();
+    Some((dir, volumes))
+}
+
+async fn debugfs(file: &Path, request: &str) -> String {
+    let tool = Tool::new(find_program("debugfs", None).unwrap());
+    let said = tool.args(["-w", "-R", request]).args([file]).run().await.unwrap();
+    String::from_utf8(said).unwrap()
+}
+
+/// Blocks of the file system.
+async fn size_of(file: &Path) -> MiB {
+    let said = debugfs(file, "show_super_stats -h").await;
+    let blocks = said.lines().find_map(|line| line.strip_prefix("Block count:")).unwrap();
+    MiB(blocks.trim().parse::<u64>().unwrap() / 256)
+}
+
+#[tokio::test]
+async fn one_is_made_copied_grown_and_removed() {
+    let Some((_dir, volumes)) = place() else { return };
+    assert_eq!(volumes.look(&id(1)).await.unwrap(), None);
+    volumes.create(&id(1), SIZE).await.unwrap();
+    let file = volumes.look(&id(1)).await.unwrap().unwrap();
+    assert!(file.clean && file.used_bytes < 32 << 20, "{file:?}");
+    let path = volumes.path(&id(1));
+    debugfs(&path, "mkdir kept").await;
+    let copied = volumes.copy(&id(1), &id(2)).await.unwrap();
+    if let Copied::Sparse { bytes } = copied {
+        assert!((1..32 << 20).contains(&bytes), "{bytes} bytes are data");
+    }
+    let copy = volumes.path(&id(2));
+    assert!(debugfs(&copy, "ls").await.contains("kept"), "{copied:?}");
+    assert_eq!(volumes.check(&id(1)).await.unwrap(), "it was clean");
+    volumes.grow(&id(1), MiB(512)).await.unwrap();
+    volumes.grow(&id(1), MiB(512)).await.unwrap();
+    assert_eq!((size_of(&path).await, size_of(&copy).await), (MiB(512), SIZE));
+    assert!(debugfs(&path, "ls").await.contains("kept"));
+    let found = std::fs::metadata(&path).unwrap();
+    assert_eq!((found.uid(), found.gid(), found.mode() & 0o777), (0, 0, 0o600), "taken back");
+    let mut all = volumes.list().await.unwrap();
+    all.sort();
+    assert_eq!(all, [id(1), id(2)]);
+    for n in [1, 1, 2] {
+        volumes.remove(&id(n)).await.unwrap();
+    }
+    assert!(volumes.list().await.unwrap().is_empty());
+}
+
+/// What a guest that was killed leaves is corrected; what it broke on purpose is told, and no VM gets it.
+#[tokio::test]
+async fn what_is_in_disorder_is_checked() {
+    let Some((_dir, volumes)) = place() else { return };
+    volumes.create(&id(1), SIZE).await.unwrap();
+    let path = volumes.path(&id(1));
+    debugfs(&path, "set_super_value free_blocks_count 7").await;
+    debugfs(&path, "set_super_value state 0").await;
+    assert!(!volumes.look(&id(1)).await.unwrap().unwrap().clean);
+    let done = volumes.check(&id(1)).await.unwrap();
+    assert!(done.starts_with("corrected: "), "{done}");
+    assert!(volumes.look(&id(1)).await.unwrap().unwrap().clean);
+    // No superblock, no group descriptors.
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&vec![0xa5; 8 << 20], 0).unwrap();
+    let error = volumes.check(&id(1)).await.unwrap_err();
+    assert!(matches!(error.kind(), Kind::Corrupt | Kind::Internal), "{}", error.chain());
+    assert_eq!(std::fs::metadata(&path).unwrap().uid(), 0, "taken back");
+}
+
+#[tokio::test]
+async fn a_half_made_one_is_swept_away() {
+    let Some((dir, volumes)) = place() else { return };
+    volumes.create(&id(1), SIZE).await.unwrap();
+    std::fs::File::create(dir.path().join("volumes/.half.ext4.1.tmp")).unwrap();
+    let volumes = LocalVolumes::open(dir.path(), helper()).unwrap();
+    assert_eq!(std::fs::read_dir(dir.path().join("volumes")).unwrap().count(), 1);
+    assert_eq!(volumes.list().await.unwrap(), [id(1)]);
+}
+
+/// Whatever content makes of the program: nobody's user, without privileges, without network, with one file.
+#[tokio::test]
+async fn the_program_may_do_nothing_else() {
+    let Some((dir, _)) = place() else { return };
+    let secret = dir.path().join("readable");
+    std::fs::File::create(&secret).unwrap();
+    let own = dir.path().join("own");
+    std::fs::File::create(&own).unwrap();
+    let file = || std::fs::File::options().read(true).write(true).open(&own).unwrap();
+    let run = async |arguments: &[&str]| {
+        let tool = Tool::new(helper()).args(["program"]).args(arguments).with(|spawn| spawn.fd(file().into(), 3));
+        let done = tool.finish().await.unwrap();
+        (done.exit.is_success(), String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned())
+    };
+    assert_eq!(run(&["/usr/bin/id", "-u"]).await, (true, "1899999998\n".to_owned()));
+    assert!(run(&["/usr/bin/cat", "/proc/self/fd/3"]).await.0);
+    let (fine, said) = run(&["/usr/bin/cat", secret.to_str().unwrap()]).await;
+    assert!(!fine && said.contains("denied"), "{said}");
+    // Landlock alone keeps it from what everybody may read.
+    let (fine, said) = run(&["/usr/bin/cat", "/proc/self/status"]).await;
+    assert!(!fine && said.contains("denied"), "{said}");
+    let (fine, said) = run(&["/usr/bin/cat", "/proc/mounts"]).await;
+    assert!(fine, "{said}");
+    let (fine, said) = run(&["/usr/bin/sh", "-c", "true & wait"]).await;
+    assert!(!fine, "it starts no process: {said}");
+}
