@@ -27,6 +27,7 @@ fn every_verb_explains_itself() {
         "logs",
         "events",
         "image",
+        "volume",
         "host",
         "doctor",
         "version",
@@ -36,6 +37,9 @@ fn every_verb_explains_itself() {
     }
     for verb in ["pull", "import", "export", "tag", "rm", "gc"] {
         insta::assert_snapshot!(format!("help-image-{verb}"), help(&["image", verb]));
+    }
+    for verb in ["create", "cp", "resize", "rm"] {
+        insta::assert_snapshot!(format!("help-volume-{verb}"), help(&["volume", verb]));
     }
 }
 
