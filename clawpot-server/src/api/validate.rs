@@ -62,7 +62,17 @@ fn vm_spec(spec: v1::VmSpec, settings: &Settings) -> Result<VmSpec> {
         }
     }
     let reach = reach("spec.network", spec.network)?;
-    Ok(VmSpec { image, vcpus, memory, disk, env, cwd: spec.cwd, user: spec.user, extra_disks: volumes(spec.volumes)?, reach })
+    Ok(VmSpec {
+        image,
+        vcpus,
+        memory,
+        disk,
+        env,
+        cwd: spec.cwd,
+        user: spec.user,
+        extra_disks: volumes(spec.volumes)?,
+        reach,
+    })
 }
 
 pub fn reach(path: &str, wire: i32) -> Result<Reach> {

@@ -74,7 +74,7 @@ impl LocalVolumes {
     async fn fsck(&self, id: &VolumeId, args: &[&str]) -> Result<String> {
         let done = self.confined(id, "e2fsck", args).await?;
         match done.exit {
-            Exit::Code(0) => Ok("it was clean".to_owned()),
+            Exit::Code(0) => Ok("nothing was wrong".to_owned()),
             // 1: corrected; 2: corrected, and a mounted one would need a reboot.
             Exit::Code(1 | 2) => Ok(format!("corrected: {}", said(&done))),
             Exit::Code(4) => {

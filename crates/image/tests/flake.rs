@@ -19,7 +19,7 @@ use tar::EntryType;
 
 fn bench(host: &Host) -> Bench {
     let helper = Path::new(env!("CARGO_BIN_EXE_clawpot-unpack"));
-    let library = host.library_with(Room { quota: None, reserve: 0 });
+    let library = host.library_with(Room { reserve: 0, ..Room::default() });
     Bench::open(library, helper, &host.dir.path().join("state")).unwrap()
 }
 

@@ -59,7 +59,7 @@ async fn one_is_made_copied_grown_and_removed() {
     }
     let copy = volumes.path(&id(2));
     assert!(debugfs(&copy, "ls").await.contains("kept"), "{copied:?}");
-    assert_eq!(volumes.check(&id(1)).await.unwrap(), "it was clean");
+    assert_eq!(volumes.check(&id(1)).await.unwrap(), "nothing was wrong");
     volumes.grow(&id(1), MiB(512)).await.unwrap();
     volumes.grow(&id(1), MiB(512)).await.unwrap();
     assert_eq!((size_of(&path).await, size_of(&copy).await), (MiB(512), SIZE));

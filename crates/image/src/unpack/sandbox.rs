@@ -4,14 +4,12 @@
 //! privilege on the host; it has no network; it sees nothing of the file system but its directory and, to read, what
 //! `mke2fs` is made of; it can start no process; its memory and the size of its files are limited.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 
 use clawpot_types::{Error, Kind, Result};
 use landlock::{
     ABI, Access, AccessFs, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus,
 };
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
-
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Gid, Resource, Rlimit, Uid};
 use rustix::thread::UnshareFlags;
@@ -109,6 +107,9 @@ fn landlock(disk: Option<BorrowedFd<'_>>) -> Result<()> {
         Ruleset::default().handle_access(AccessFs::from_all(abi)).map_err(refused)?.create().map_err(refused)?;
     let here = PathFd::new(".").map_err(|error| Error::new(Kind::Internal, "sandbox: landlock").because(error))?;
     rules = rules.add_rule(PathBeneath::new(here, mine)).map_err(refused)?;
+    if let Some(disk) = disk {
+        rules = rules.add_rule(PathBeneath::new(disk, AccessFs::ReadFile)).map_err(refused)?;
+    }
     restrict(readable(rules)?)
 }
 
@@ -122,9 +123,6 @@ fn readable(mut rules: RulesetCreated) -> Result<RulesetCreated> {
                 .add_rule(PathBeneath::new(path, AccessFs::Execute | AccessFs::ReadFile | AccessFs::ReadDir))
                 .map_err(refused)?;
         }
-    }
-    if let Some(disk) = disk {
-        rules = rules.add_rule(PathBeneath::new(disk, AccessFs::ReadFile)).map_err(refused)?;
     }
     if let Ok(null) = PathFd::new("/dev/null") {
         rules = rules.add_rule(PathBeneath::new(null, AccessFs::ReadFile | AccessFs::WriteFile)).map_err(refused)?;
