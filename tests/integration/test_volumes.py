@@ -79,7 +79,6 @@ def test_bad_volumes_are_refused(server: Server) -> None:
     cli("create", "--volume", "a:/x", "--volume", "b:/x", "debian").fails(1, "/x is there twice")
     nine = [word for n in range(9) for word in ("--volume", f"v{n}:/v{n}")]
     cli("create", *nine, "debian").fails(1, "at most 8")
-    cli("volume", "create", "big", "--size", "4T").fails(1, "disk: ", "MiB free of")
     cli("volume", "create", "Big", "--size", "1G").fails(2, "[a-z0-9._-]")
     assert cli("volume", "ls", "-o", "json").ok().json == []
 
