@@ -16,6 +16,8 @@ use rustix::thread::UnshareFlags;
 
 /// Address space, bytes: decoders take up to 128 MiB, what is kept of an image up to some 100 MiB.
 const MEMORY: u64 = 1 << 30;
+/// Of `debugfs`, which reads a large file system's bitmaps with one for each CPU and gives up where it may not.
+const THREADS: u64 = 512;
 /// CPU time, seconds: a 64 GiB image takes some ten minutes.
 const CPU: u64 = 3600;
 /// Address space of a check, bytes: `e2fsck` keeps a few bits for each block and inode, some 1 GiB for the largest volume.
@@ -53,7 +55,7 @@ pub fn enter(file_size: u64, disk: Option<BorrowedFd<'_>>) -> Result<()> {
         (Resource::Fsize, file_size),
         (Resource::Nofile, 256),
         // Of this owner: itself. Without it something that the image captured could outlive the helper.
-        (Resource::Nproc, 1),
+        (Resource::Nproc, if disk.is_some() { THREADS } else { 1 }),
     ] {
         let limit = Rlimit { current: Some(most), maximum: Some(most) };
         rustix::process::setrlimit(resource, limit).map_err(|errno| failed("setting limits", errno))?;
