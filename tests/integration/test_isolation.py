@@ -51,10 +51,17 @@ class Stage:
     server: Server
     world: World
     vm: str
+    vmm: str
     sibling: str
     place: a.Place
     netns: str
     siblings_netns: str
+
+    @property
+    def attempts(self) -> list[tuple[int, a.Attempt]]:
+        """What this guest can try, each with its number: one that is reached by vsock has no management NIC."""
+        nics = {a.GUEST_MAC} if self.vmm == "firecracker" else {a.GUEST_MAC, a.MGMT_MAC}
+        return [(number, one) for number, one in enumerate(a.ATTEMPTS) if one.nic in nics]
 
     @property
     def watched(self) -> dict[str, str]:
@@ -85,7 +92,8 @@ class Seen:
 
 @pytest.fixture
 def stage(server: Server, world: World, vm: str, sibling: str) -> Stage:
-    own, other = server.cli.inspect(vm)["address"], server.cli.inspect(sibling)["address"]
+    inspected = server.cli.inspect(vm)
+    own, other = inspected["address"], server.cli.inspect(sibling)["address"]
     names = {
         entry["local"]: link["ifname"]
         for link in json.loads(world.run("ip", "-4", "-j", "addr"))
@@ -103,7 +111,7 @@ def stage(server: Server, world: World, vm: str, sibling: str) -> Stage:
     # What nobody listens on is tried too: a mistake there would be answered by a reset.
     place = a.Place(own, other, resolver[0], (*ports, ("tcp", 22)))
     server.cli.sh(sibling, "python3 -m http.server 80 >/dev/null 2>&1 </dev/null & sleep 0.3", "--timeout", "120s")
-    found = Stage(server, world, vm, sibling, place, names[a.neighbour(own)], names[a.neighbour(other)])
+    found = Stage(server, world, vm, inspected["vmm"], sibling, place, names[a.neighbour(own)], names[a.neighbour(other)])
     until(lambda: world.get(f"http://{other}/"), seconds=60, what="the sibling's web server")
     return found
 
@@ -137,11 +145,11 @@ def _plan(stage: Stage, nonce: str, *, delay: float) -> dict[str, Any]:
         return f"cpm:{nonce}:{number:04d};".encode()
 
     sent: list[list[str]] = []
-    for number, attempt in enumerate(a.ATTEMPTS):
+    for number, attempt in stage.attempts:
         sent += [[attempt.nic, frame.hex()] for frame in attempt.frames(stage.place, mark(number))]
     for number, control in enumerate(a.CONTROLS.values(), FIRST_CONTROL):
         sent += [[a.GUEST_MAC, frame.hex()] for frame in control(stage.place, mark(number))]
-    connects = [target for attempt in a.ATTEMPTS for target in attempt.connects(stage.place)]
+    connects = [target for _, attempt in stage.attempts for target in attempt.connects(stage.place)]
     connects += [["tcp", w.PUBLIC, w.ECHO], ["udp", a.GATEWAY, w.DNS], ["tcp", a.GATEWAY, w.DNS]]
     last = [a.GUEST_MAC, a.good(a.dgram(w.PUBLIC, mark(LAST))).hex()]
     return {"delay": delay, "frames": sent, "connects": connects, "last": last}
@@ -165,9 +173,9 @@ def _attack(stage: Stage, *, flushed: bool = False) -> Seen:
         assert guest.stdout.readline() == b"ready\n"
         over = sniffers["slot"]
         if flushed:
-            _without_rules(stage, over)
+            _without_rules(stage, over, guest)
         else:
-            _over(over)
+            _over(over, guest)
         out, errors = guest.communicate(timeout=within(60))
         assert guest.returncode == 0, errors.decode()
         seen = Seen(json.loads(out), _counters(stage.netns) - before)
@@ -184,14 +192,14 @@ def _siblings_packet(stage: Stage, nonce: str) -> None:
     stage.server.cli("exec", stage.sibling, "--", "python3", "-c", script).ok()
 
 
-def _without_rules(stage: Stage, over: subprocess.Popen[str]) -> None:
+def _without_rules(stage: Stage, over: subprocess.Popen[str], guest: subprocess.Popen[bytes]) -> None:
     """From here until the attack is over. The server sleeps through it; what the guest says waits for it."""
     began = time.monotonic()
     os.kill(stage.server.pid, signal.SIGSTOP)
     try:
         stage.world.run("nft", "flush", "ruleset")
         assert time.monotonic() - began < DELAY - 1, "this machine is too slow: the guest began before the rules were gone"
-        _over(over)
+        _over(over, guest)
         # Another server there may have brought back its own.
         table = f"table inet clawpot-{stage.server.traces.instance} "
         assert table not in stage.world.run("nft", "list", "ruleset"), "somebody brought the rules back too early"
@@ -199,18 +207,23 @@ def _without_rules(stage: Stage, over: subprocess.Popen[str]) -> None:
         os.kill(stage.server.pid, signal.SIGCONT)
 
 
-def _over(sniffer: subprocess.Popen[str]) -> None:
+def _over(sniffer: subprocess.Popen[str], guest: subprocess.Popen[bytes]) -> None:
     """Returns when the guest has sent its last packet."""
     assert sniffer.stdout
-    readable, _, _ = select.select([sniffer.stdout], [], [], within(60))
-    assert readable and sniffer.stdout.readline() == "over\n", "the attack does not end"
+    end = time.monotonic() + within(60)
+    while not select.select([sniffer.stdout], [], [], 1)[0]:
+        if guest.poll():
+            assert guest.stderr
+            raise AssertionError(f"the attack ended with {guest.returncode}: {guest.stderr.read().decode()}")
+        assert time.monotonic() < end, "the attack does not end"
+    assert sniffer.stdout.readline() == "over\n", "the sniffer ended before the attack"
 
 
 def _judge(stage: Stage, seen: Seen, *, translated: bool = True) -> None:
     assert not seen.answer["refused"], seen.answer["refused"]
     _controls(stage, seen, translated=translated)
     escaped = {}
-    for number, attempt in enumerate(a.ATTEMPTS):
+    for number, attempt in stage.attempts:
         places = seen.of(number)
         if attempt.frames(stage.place, b""):
             tap = "mgmt0" if attempt.nic == a.MGMT_MAC else "tap0"
@@ -222,7 +235,7 @@ def _judge(stage: Stage, seen: Seen, *, translated: bool = True) -> None:
     came = seen.answer["connects"]
     reached = [
         f"{attempt.what}: {' '.join(map(str, target))}"
-        for attempt in a.ATTEMPTS
+        for _, attempt in stage.attempts
         for target in attempt.connects(stage.place)
         if came[" ".join(map(str, target))] == "open"
     ]
@@ -244,7 +257,7 @@ def _controls(stage: Stage, seen: Seen, *, translated: bool) -> None:
 def _count(stage: Stage, seen: Seen) -> None:
     """Each layer stopped at least what the table says it stops."""
     expected: Counter[a.Layer] = Counter()
-    for attempt in a.ATTEMPTS:
+    for _, attempt in stage.attempts:
         frames = len(attempt.frames(stage.place, b"")) if attempt.counted is None else attempt.counted
         expected[attempt.stopped] += frames
     for layer, packets in expected.items():
