@@ -112,6 +112,29 @@ def test_tls_and_passwords(here: Server, guarded: Registry, tmp_path: Path) -> N
     _forget(here, name)
 
 
+def test_a_registry_that_wants_tokens(here: Server, world: World, workdir: Path, source: str, tmp_path: Path) -> None:
+    hub = Registry(world, workdir / "tokens", registry.free_port(), tokens=registry.free_port()).start()
+    try:
+        hub.push(source, "public/app:1")
+        hub.push(source, "secret/app:1")
+        public, secret = f"{hub.address}/public/app:1", f"{hub.address}/secret/app:1"
+        here.cli("image", "pull", public).ok()
+        here.cli("image", "pull", secret).fails(1, "--credentials")
+        here.cli("image", "pull", secret, "--credentials", "-", stdin=b"me:wrong-guess\n").fails(1, "--credentials")
+        here.cli("image", "pull", secret, "--credentials", "-", stdin=b"me:secret\n").ok()
+        assert "me:secret" not in here.log.read_text() and "wrong-guess" not in here.log.read_text()
+        _forget(here, public, secret)
+    finally:
+        hub.stop()
+
+
+def test_a_certificate_that_nobody_here_knows(make_server: Callable[..., Server], guarded: Registry, workdir: Path) -> None:
+    store = images.copy(ASSETS, workdir / "images-distrust")
+    server = make_server("images-distrust", image_dir=store).start()
+    server.cli("image", "pull", f"{guarded.address}/secret/app:1").fails(1, "certificate", "SSL_CERT_FILE")
+    assert not _left(store) and not _partial(store)
+
+
 def test_a_pull_goes_on_where_it_broke_off(here: Server, wire: Wire, hub: Registry, store: Path) -> None:
     name = f"{wire.address}/demo/app:1"
     _forget(here)
@@ -230,6 +253,8 @@ def test_an_image_from_a_registry_runs_as_it_says(here: Server, hub: Registry) -
     # Everything is there: nothing is asked for but the manifest.
     again = here.cli("image", "pull", name).ok()
     assert again.seconds < 5, again.seconds
+    # A name that somebody chose is not taken over by a pull either, unless that is said.
+    here.cli("image", "pull", name, "--name", "debian").fails(1, "means", "--replace")
     by_digest = f"{hub.address}/demo/app@{pulled['source']['digest']}"
     here.cli("image", "pull", by_digest).fails(1, "needs a name")
     same = here.cli("image", "pull", by_digest, "--name", "app", "-o", "json").ok().json

@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clawpot_host::fs;
 use clawpot_host::process::{Child, Exit, Output, Spawn, find_program};
@@ -12,6 +13,7 @@ use clawpot_types::{Digest, Error, Kind, Result};
 use rustix::fs::{MemfdFlags, OFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::sync::mpsc;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::lock::Lock;
 use crate::unpack::limits::Limits;
@@ -87,7 +89,12 @@ impl Builder {
         let maps = helper.owners.clone();
         let pid = helper.child()?.pid();
         let talk = blocking(move || dialog(&socket, pid, &maps, recipe, feed, told)).await;
-        let exit = helper.child()?.wait().await?;
+        let exit = {
+            // What it writes goes to the disk while it writes on, and not all at once behind it.
+            let rootfs = helper.work.as_ref().map(|work| work.dir.join(ROOTFS)).unwrap_or_default();
+            let _flushing = AbortOnDropHandle::new(tokio::spawn(flush_now_and_then(rootfs)));
+            helper.child()?.wait().await?
+        };
         let made = match talk {
             Ok(_) if !exit.is_success() => {
                 Err(blame(Error::new(Kind::Internal, "making the file system"), exit, &stderr))
@@ -120,6 +127,31 @@ impl Builder {
             .spawn()
             .map_err(|error| error.hint("build it: cargo build -p clawpot-image; it stands beside clawpot-server"))?;
         Ok((Helper { child: Some(child), work: Some(work), owners }, ours, stderr))
+    }
+}
+
+/// Between two looks at what could go to the disk.
+const FLUSH: Duration = Duration::from_millis(250);
+
+/// Until it is dropped. Whatever goes wrong here the syncing at the end will tell.
+async fn flush_now_and_then(path: PathBuf) {
+    loop {
+        tokio::time::sleep(FLUSH).await;
+        let path = path.clone();
+        tokio::task::spawn_blocking(move || flush(&path)).await.unwrap_or_default();
+    }
+}
+
+/// Begins to write what is in memory of the file that the helper is making; it may be none yet, or anything else.
+fn flush(path: &Path) {
+    let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits()).unwrap_or_default();
+    let Ok(file) = File::options().read(true).custom_flags(flags).open(path) else { return };
+    if file.metadata().is_ok_and(|meta| meta.is_file()) {
+        // SAFETY: a descriptor that lives, and no memory.
+        let begun = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
+        if begun != 0 {
+            tracing::debug!(error = %std::io::Error::last_os_error(), "beginning to write {}", path.display());
+        }
     }
 }
 
@@ -411,6 +443,8 @@ pub(crate) fn take_over(path: &Path) -> Result<(Digest, u64)> {
         .map_err(|errno| Error::io(what(), errno.into()))?;
     let (hashed, synced) = std::thread::scope(|scope| {
         let synced = scope.spawn(|| file.sync_all());
+        // Nobody needs it any more; whatever cannot be removed now is told of with the rest of the directory.
+        scope.spawn(|| fs::remove_tree_if_exists(&work.dir.join(wire::TREE)).unwrap_or_default());
         (crate::verify::hash(&file), synced.join())
     });
     let digest = hashed.map_err(|error| Error::io(what(), error))?;

@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from .tokens import ISSUER, SERVICE
 from .tools import run, until
 from .world import World
 
@@ -27,14 +28,17 @@ def missing() -> list[str]:
 
 
 class Registry:
-    """Debian's docker-registry on a port of the host's loopback; with TLS and a password if asked."""
+    """Debian's docker-registry on a port of the host's loopback; with TLS and a password, or a token service, if asked."""
 
-    def __init__(self, world: World, where: Path, port: int, *, guarded: bool = False) -> None:
+    def __init__(self, world: World, where: Path, port: int, *, guarded: bool = False, tokens: int = 0) -> None:
         self.world = world
         self.where = where
         self.port = port
         self.address = f"localhost:{port}"
         self.process: subprocess.Popen[bytes] | None = None
+        #: The port of its token service.
+        self.tokens = tokens
+        self._service: subprocess.Popen[bytes] | None = None
         where.mkdir(parents=True)
         http: dict[str, Any] = {"addr": f"127.0.0.1:{port}"}
         config: dict[str, Any] = {
@@ -47,6 +51,10 @@ class Registry:
             (where / "htpasswd").write_text(HTPASSWD)
             http["tls"] = {"certificate": str(where / "leaf.pem"), "key": str(where / "leaf.key")}
             config["auth"] = {"htpasswd": {"realm": "test", "path": str(where / "htpasswd")}}
+        if tokens:
+            certificates(where)
+            realm = {"realm": f"http://localhost:{tokens}/token", "service": SERVICE, "issuer": ISSUER}
+            config["auth"] = {"token": {**realm, "rootcertbundle": str(where / "ca.pem")}}
         # JSON is YAML.
         (where / "config.yml").write_text(json.dumps(config))
 
@@ -55,16 +63,22 @@ class Registry:
             words = [*self.world.enter(), "docker-registry", "serve", str(self.where / "config.yml")]
             self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         until(lambda: listens(self.world, self.port), what="the registry's port")
+        if self.tokens:
+            script = [sys.executable, Path(__file__).with_name("tokens.py"), self.tokens]
+            words = [*self.world.enter(), *script, self.where / "leaf.pem", self.where / "leaf.key"]
+            self._service = subprocess.Popen([str(word) for word in words], stdin=subprocess.DEVNULL)
+            until(lambda: listens(self.world, self.tokens), what="the token service's port")
         return self
 
     def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+        for process in (self.process, self._service):
+            if process is not None:
+                process.kill()
+                process.wait()
+        self.process = self._service = None
 
     def push(self, source: str, name: str, *more: str) -> None:
-        login = ["--dest-creds", "me:secret"] if (self.where / "htpasswd").exists() else []
+        login = ["--dest-creds", "me:secret"] if (self.where / "leaf.pem").exists() else []
         words = ["skopeo", "--insecure-policy", "copy", "-q", "--dest-tls-verify=false", *login, *more]
         self.world.run(*words, source, f"docker://{self.address}/{name}")
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,6 +14,7 @@ use oci_client::client::BlobResponse;
 use oci_client::{Client, Reference};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use super::Library;
 use super::progress::Meter;
@@ -28,6 +30,28 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// Between looks whether another process has finished the same blob.
 const POLL: Duration = Duration::from_millis(100);
 
+/// Files that have come whole and are on their way to the disk, while what is in them is used already.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Landing(Arc<Mutex<JoinSet<()>>>);
+
+impl Landing {
+    fn land(&self, download: Download, to: PathBuf) {
+        let mut tasks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.spawn_blocking(move || {
+            if let Err(error) = place(&download.file, &download.path, &to) {
+                tracing::warn!(error = error.chain(), "a layer is not kept for the next version of its image");
+            }
+        });
+    }
+
+    /// Until each is under its name; those that failed are not.
+    pub(super) async fn landed(&self) {
+        let tasks = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        // They do not panic, and nobody else can end them.
+        tasks.join_all().await;
+    }
+}
+
 /// What is fetched, and how far it is.
 struct Download {
     file: File,
@@ -38,8 +62,14 @@ struct Download {
 }
 
 impl Library {
-    /// The blob's file, opened for reading.
-    pub(super) async fn fetch(&self, client: &Client, from: &Reference, blob: &Blob, meter: Meter) -> Result<File> {
+    /// The blob's file, opened for reading. Its digest is right; `landing` tells when it is on the disk as well.
+    pub(super) async fn fetch(
+        &self,
+        (client, from): (&Client, &Reference),
+        blob: &Blob,
+        meter: Meter,
+        landing: &Landing,
+    ) -> Result<File> {
         let what = || format!("layer {} of {from}", blob.digest);
         let mut download = loop {
             if let Some(file) = self.fetched(blob)? {
@@ -76,10 +106,10 @@ impl Library {
             meter.at("waiting for the registry", download.bytes);
             tokio::time::sleep(FIRST_PAUSE * 2_u32.pow(failures - 1)).await;
         }
-        let (to, digest) = (self.store.oci_path(&blob.digest), blob.digest.clone());
-        self.blocking(move |_| download.done(&to, &digest)).await.map_err(|error| error.context(what()))?;
+        let file = download.verified(&blob.digest).map_err(|error| error.context(what()))?;
+        landing.land(download, self.store.oci_path(&blob.digest));
         meter.at("downloaded", blob.size);
-        self.fetched(blob)?.ok_or_else(|| Error::new(Kind::NotFound, format!("{}: it is gone again", what())))
+        Ok(file)
     }
 
     /// One small system call or two.
@@ -189,15 +219,15 @@ impl Download {
         Ok(self)
     }
 
-    /// Under its digest, if it has it; else nothing of it is kept.
-    fn done(self, to: &std::path::Path, digest: &Digest) -> Result<()> {
-        let found = Digest::from_sha256(&self.hasher.finalize().into());
+    /// Opened once more from its beginning, if it has its digest; else nothing of it is kept. Two small system calls.
+    fn verified(&mut self, digest: &Digest) -> Result<File> {
+        let found = Digest::from_sha256(&self.hasher.finalize_reset().into());
         if found != *digest {
             fs::remove_file_if_exists(&self.path)?;
             return Err(Error::new(Kind::Corrupt, format!("what came has the digest {found}"))
                 .hint("the registry has it wrong, or somebody between it and here changed it; nothing was kept"));
         }
-        place(&self.file, &self.path, to)
+        File::open(&self.path).map_err(|error| Error::io(format!("opening {}", self.path.display()), error))
     }
 }
 

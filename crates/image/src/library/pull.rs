@@ -16,6 +16,7 @@ use tokio::sync::Semaphore;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Library;
+use super::fetch::Landing;
 use super::finish::Called;
 use super::progress::Teller;
 use super::room::LEAST;
@@ -67,7 +68,21 @@ async fn layers(
     (digest, document, called): (Digest, Document, Called),
     teller: &Teller,
 ) -> Result<ImageDetail> {
-    let image = image(library, registry, reference, (digest, &document), teller).await?;
+    let landing = Landing::default();
+    let made = assembled(library, registry, reference, (digest, document, called), (teller, &landing)).await;
+    // Also when it failed: what nobody needs is removed after this, and must be all that there will be.
+    landing.landed().await;
+    made
+}
+
+async fn assembled(
+    library: &Library,
+    registry: &Registry,
+    reference: &Reference,
+    (digest, document, called): (Digest, Document, Called),
+    (teller, landing): (&Teller, &Landing),
+) -> Result<ImageDetail> {
+    let image = image(library, registry, reference, (digest, &document), (teller, landing)).await?;
     let needed = image
         .layers
         .iter()
@@ -76,7 +91,7 @@ async fn layers(
         .fold(0, |bytes: u64, layer| bytes.saturating_add(layer.size));
     let room = library.room;
     let left = library.blocking(move |this| room.left(&this.store, needed.saturating_add(LEAST))).await?;
-    let files = downloads(library, registry, reference, &image, teller);
+    let files = downloads(library, registry, reference, &image, (teller, landing));
     // What the layers will take is not the tree's as well.
     library.assemble(image, called, left - needed, teller, files).await
 }
@@ -121,6 +136,10 @@ async fn connect(pull: &Pull, reference: &Reference) -> Result<(Registry, Bytes)
         let registry = Registry { client: client(protocol)?, auth: auth.clone() };
         match registry.client.pull_manifest_raw(reference, &registry.auth, &oci::MANIFESTS).await {
             Ok((bytes, _)) => return Ok((registry, bytes)),
+            // A bad certificate is an answer.
+            Err(OciDistributionError::RequestError(error)) if speaks_of_certificates(&error) => {
+                return Err(registry_error(reference, OciDistributionError::RequestError(error)));
+            }
             // No answer that is HTTP: perhaps it speaks without TLS.
             Err(error @ OciDistributionError::RequestError(_)) => last = Some(error),
             Err(error) => return Err(registry_error(reference, error)),
@@ -189,7 +208,7 @@ async fn image(
     registry: &Registry,
     reference: &Reference,
     (digest, document): (Digest, &Document),
-    teller: &Teller,
+    (teller, landing): (&Teller, &Landing),
 ) -> Result<Image> {
     let what = reference.whole();
     let (Some(config), Some(layers)) = (&document.config, &document.layers) else {
@@ -199,7 +218,8 @@ async fn image(
         return Err(Error::new(Kind::InvalidArgument, format!("{what}: its configuration has {} bytes", config.size)));
     }
     let blob = config.blob();
-    let file = library.fetch(&registry.client, reference, &blob, teller.meter("configuration", blob.size)).await?;
+    let meter = teller.meter("configuration", blob.size);
+    let file = library.fetch((&registry.client, reference), &blob, meter, landing).await?;
     let layers = layers.iter().map(oci::Descriptor::blob).collect();
     library
         .blocking(move |_| {
@@ -217,7 +237,7 @@ fn downloads(
     registry: &Registry,
     reference: &Reference,
     image: &Image,
-    teller: &Teller,
+    (teller, landing): (&Teller, &Landing),
 ) -> impl futures_util::Stream<Item = Result<std::fs::File>> + Send + use<> {
     let turns = Arc::new(Semaphore::new(AT_ONCE));
     let mut tasks = Vec::new();
@@ -225,10 +245,10 @@ fn downloads(
         let (library, client, reference, layer) =
             (library.clone(), registry.client.clone(), reference.clone(), layer.clone());
         let meter = teller.meter(layer.digest.as_str(), layer.size);
-        let turns = Arc::clone(&turns);
+        let (turns, landing) = (Arc::clone(&turns), landing.clone());
         let task = async move {
             let _turn = turns.acquire_owned().await;
-            library.fetch(&client, &reference, &layer, meter).await
+            library.fetch((&client, &reference), &layer, meter, &landing).await
         };
         tasks.push(AbortOnDropHandle::new(tokio::spawn(task)));
     }
@@ -269,6 +289,13 @@ pub(super) fn registry_error(reference: &Reference, error: OciDistributionError)
             format!("registry {registry}: it refuses {}", reference.whole()),
             Some("give user and password with --credentials FILE, or - for stdin (one line, user:password)"),
         ),
+        E::RequestError(error) if speaks_of_certificates(error) => (
+            Kind::Unavailable,
+            format!("registry {registry}: its certificate is not to be trusted here"),
+            Some(
+                "if it is your own authority's, add that to this host's (update-ca-certificates), or start the server with SSL_CERT_FILE naming it",
+            ),
+        ),
         E::RequestError(_) | E::ServerError { .. } | E::IoError(_) => (
             Kind::Unavailable,
             format!("registry {registry}: it does not answer as it should"),
@@ -281,6 +308,17 @@ pub(super) fn registry_error(reference: &Reference, error: OciDistributionError)
         Some(hint) => told.hint(hint),
         None => told,
     }
+}
+
+/// Whether TLS failed by the certificate. The error is of a crate that we do not have by name, so its words must do.
+fn speaks_of_certificates(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    std::iter::from_fn(|| {
+        let error = next?;
+        next = error.source();
+        Some(error)
+    })
+    .any(|error| error.to_string().contains("certificate"))
 }
 
 fn is_missing(code: &oci_client::errors::OciErrorCode) -> bool {

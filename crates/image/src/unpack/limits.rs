@@ -6,7 +6,8 @@ use std::rc::Rc;
 
 use clawpot_types::{Digest, Error, Kind, Result};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
+
+use super::inflate::{Inflate, Piece};
 
 /// What one image may make of a host, all its layers together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,51 +127,79 @@ impl<R: Read> Read for Counted<R> {
     }
 }
 
-/// Unpacked bytes of one layer: counted against every limit, and hashed.
-pub struct Metered<'a, R> {
-    inner: R,
+/// Unpacked bytes of one layer, counted against every limit.
+#[derive(Debug)]
+pub struct Metered<'a> {
+    inflate: &'a Inflate,
     budget: &'a mut Budget,
-    packed: Rc<Cell<u64>>,
+    packed: u64,
     unpacked: u64,
-    hasher: Sha256,
+    current: io::Cursor<Vec<u8>>,
+    /// Of everything, once that has been read.
+    digest: Option<Digest>,
 }
 
-impl<R> std::fmt::Debug for Metered<'_, R> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Metered").field("unpacked", &self.unpacked).finish_non_exhaustive()
-    }
-}
-
-impl<'a, R> Metered<'a, R> {
-    pub fn new(inner: R, budget: &'a mut Budget, packed: Rc<Cell<u64>>) -> Self {
-        Self { inner, budget, packed, unpacked: 0, hasher: Sha256::new() }
+impl<'a> Metered<'a> {
+    pub fn new(inflate: &'a Inflate, budget: &'a mut Budget) -> Self {
+        Self { inflate, budget, packed: 0, unpacked: 0, current: io::Cursor::default(), digest: None }
     }
 
     pub fn budget(&mut self) -> &mut Budget {
         self.budget
     }
 
-    /// Of everything that was read.
+    /// Packed bytes behind what has come so far.
     #[must_use]
-    pub fn digest(self) -> Digest {
-        Digest::from_sha256(&self.hasher.finalize().into())
+    pub const fn packed(&self) -> u64 {
+        self.packed
+    }
+
+    /// `Internal`: not all of it was read.
+    pub fn digest(self) -> Result<Digest> {
+        self.digest.ok_or_else(|| Error::new(Kind::Internal, "a layer that was not read to its end"))
     }
 
     fn ratio(&self) -> Result<()> {
-        let (most, packed) = (self.budget.limits.ratio, self.packed.get().max(1));
+        let (most, packed) = (self.budget.limits.ratio, self.packed.max(1));
         if self.unpacked < RATIO_FROM || self.unpacked / packed <= most {
             return Ok(());
         }
         Err(too_much(format!("a bomb: {} MiB from {packed} bytes, over {most} times as much", self.unpacked >> 20)))
     }
+
+    /// False at the end.
+    fn next(&mut self) -> io::Result<bool> {
+        if self.digest.is_some() {
+            return Ok(false);
+        }
+        match self.inflate.piece().map_err(carried)? {
+            Piece::Data { bytes, packed } => {
+                self.packed = packed;
+                self.unpacked += bytes.len() as u64;
+                self.budget.unpacked(bytes.len() as u64).and_then(|()| self.ratio()).map_err(carried)?;
+                let used = std::mem::replace(&mut self.current, io::Cursor::new(bytes)).into_inner();
+                if used.capacity() > 0 {
+                    self.inflate.give_back(used);
+                }
+                Ok(true)
+            }
+            Piece::End { digest } => {
+                self.inflate.give_back(std::mem::take(&mut self.current).into_inner());
+                self.digest = Some(digest);
+                Ok(false)
+            }
+            Piece::Failed(error) => Err(error),
+        }
+    }
 }
 
-impl<R: Read> Read for Metered<'_, R> {
+impl Read for Metered<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.inner.read(buffer)?;
-        self.unpacked += read as u64;
-        self.hasher.update(&buffer[..read]);
-        self.budget.unpacked(read as u64).and_then(|()| self.ratio()).map_err(carried)?;
-        Ok(read)
+        loop {
+            match self.current.read(buffer)? {
+                0 if !buffer.is_empty() && self.next()? => {}
+                read => return Ok(read),
+            }
+        }
     }
 }

@@ -3,10 +3,12 @@
 //! - [`run`] its whole life: confine itself, take layers, become `mke2fs`; or take a disk and become `debugfs`
 //! - [`sandbox`] what it gives up · [`wire`] what it and the server say to each other
 //! - [`program`] its other life: `e2fsck` or `resize2fs` on a volume
-//! - [`layer`] decompress, hash, read entries · [`mod@tar`] the archive · [`tree`] entries into files · [`limits`] how much
+//! - [`inflate`] decompress and hash, a thread of its own · [`layer`] read entries · [`mod@tar`] the archive
+//! - [`tree`] entries into files · [`limits`] how much
 //!
-//! Everything here blocks and has one thread. The server's side is [`crate::build`].
+//! Everything here blocks. The server's side is [`crate::build`].
 
+pub mod inflate;
 pub mod layer;
 pub mod limits;
 pub mod program;
@@ -24,6 +26,7 @@ use std::process::ExitCode;
 use clawpot_types::{Error, Kind, Result};
 use rustix::fs::{AtFlags, Mode, OFlags};
 
+use inflate::Inflate;
 use limits::{Budget, Limits};
 use tree::Tree;
 use wire::{COMMANDS, Order, ROOTFS, Report, SOCKET, TREE};
@@ -57,6 +60,8 @@ fn work(socket: BorrowedFd<'_>) -> Result<()> {
         return dump(socket, &disk);
     }
     sandbox::enter(limits.bytes.saturating_mul(2), None)?;
+    let inflate = Inflate::start()?;
+    sandbox::alone()?;
     let root = make_root()?;
     let mut tree = Tree::new(root, limits.depth)?;
     let mut budget = Budget::new(limits);
@@ -69,7 +74,7 @@ fn work(socket: BorrowedFd<'_>) -> Result<()> {
                 number += 1;
                 let mut told = Ok(());
                 let mut tell = |read| told = wire::send(socket, &Report::Progress { read }, None);
-                layer::apply(File::from(file), diff_id.as_ref(), &mut tree, &mut budget, &mut tell)
+                layer::apply((File::from(file), diff_id.as_ref()), &inflate, &mut tree, &mut budget, &mut tell)
                     .map_err(|error| error.context(format!("layer {number}")))?;
                 told?;
                 wire::send(socket, &Report::LayerDone, None)?;

@@ -2,7 +2,8 @@
 //!
 //! It is root of a user namespace over 65,536 owners that nobody else has, so that files get their true owners without any
 //! privilege on the host; it has no network; it sees nothing of the file system but its directory and, to read, what
-//! `mke2fs` is made of; it can start no process; its memory and the size of its files are limited.
+//! `mke2fs` is made of; once its second thread runs ([`super::inflate`]) it can start nothing; its
+//! memory and the size of its files are limited.
 
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 
@@ -54,8 +55,8 @@ pub fn enter(file_size: u64, disk: Option<BorrowedFd<'_>>) -> Result<()> {
         (Resource::Cpu, CPU),
         (Resource::Fsize, file_size),
         (Resource::Nofile, 256),
-        // Of this owner: itself. Without it something that the image captured could outlive the helper.
-        (Resource::Nproc, if disk.is_some() { THREADS } else { 1 }),
+        // Of this owner: itself and its second thread, until `alone`; or what debugfs needs.
+        (Resource::Nproc, if disk.is_some() { THREADS } else { 2 }),
     ] {
         let limit = Rlimit { current: Some(most), maximum: Some(most) };
         rustix::process::setrlimit(resource, limit).map_err(|errno| failed("setting limits", errno))?;
@@ -96,6 +97,13 @@ pub fn confine(user: u32, fd: RawFd) -> Result<()> {
     restrict(readable(rules)?)?;
     std::mem::forget(mounts);
     Ok(())
+}
+
+/// From here on no process or thread can be started: of this owner there is the helper. Without it something that the image
+/// captured could outlive the helper.
+pub fn alone() -> Result<()> {
+    let limit = Rlimit { current: Some(1), maximum: Some(1) };
+    rustix::process::setrlimit(Resource::Nproc, limit).map_err(|errno| failed("setting limits", errno))
 }
 
 /// Where the kernel has landlock; from Linux 5.19 on, as without its `REFER` there could be no hard links.
