@@ -228,7 +228,7 @@ def main() -> int:
     finally:
         world.close()
         shutil.rmtree(where, ignore_errors=True)
-    found["profile"] = "release" if binaries().name == "release" else "debug"
+    found["profile"] = "release" if binaries().name.startswith("release") else "debug"
     print(json.dumps(found, indent=2))
     (REPO / "bench/images.json").write_text(json.dumps(found, indent=2) + "\n")
     return 0
