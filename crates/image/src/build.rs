@@ -422,7 +422,11 @@ pub(crate) fn take_back(dir: &Path) -> Result<()> {
 /// Takes the file over from the helper, which has ended and had nobody to leave it open to.
 fn finish(work: Work, making: Making) -> Result<Made> {
     let path = work.dir.join(ROOTFS);
-    let (digest, size) = take_over(&path)?;
+    let (digest, size) = std::thread::scope(|scope| {
+        // Nobody needs it any more; whatever cannot be removed now is told of with the rest of the directory.
+        scope.spawn(|| fs::remove_tree_if_exists(&work.dir.join(wire::TREE)).unwrap_or_default());
+        take_over(&path)
+    })?;
     let Making { devices, xattrs } = making;
     Ok(Made { path, digest, size, devices, xattrs, _work: work })
 }
@@ -443,8 +447,6 @@ pub(crate) fn take_over(path: &Path) -> Result<(Digest, u64)> {
         .map_err(|errno| Error::io(what(), errno.into()))?;
     let (hashed, synced) = std::thread::scope(|scope| {
         let synced = scope.spawn(|| file.sync_all());
-        // Nobody needs it any more; whatever cannot be removed now is told of with the rest of the directory.
-        scope.spawn(|| fs::remove_tree_if_exists(&work.dir.join(wire::TREE)).unwrap_or_default());
         (crate::verify::hash(&file), synced.join())
     });
     let digest = hashed.map_err(|error| Error::io(what(), error))?;
