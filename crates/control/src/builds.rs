@@ -272,6 +272,7 @@ impl One<'_> {
 
     async fn unless_gone<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
+            biased;
             done = work => done,
             () = self.say.closed() => Err(Error::new(Kind::Cancelled, "build: nobody waits for it any more")),
         }
@@ -359,6 +360,7 @@ impl One<'_> {
         let over = service.machine_over(vm.clone(), record.machine());
         let limit = Duration::from_secs(self.build.timeout_secs) + COPY;
         tokio::select! {
+            biased;
             built = self.listen(&link.endpoint) => built,
             ended = over => Err(ended.context("build: its VM ended")
                 .hint("it may have run out of memory: give it more with --memory")),
@@ -383,23 +385,26 @@ impl One<'_> {
 
     /// Its VM's agent answers; the builder's listens at about the same time.
     async fn call(&self, endpoint: &GuestEndpoint) -> Result<BoxStream<Result<BuilderSays>>> {
-        let until = tokio::time::Instant::now() + LISTENS;
+        let mut late = std::pin::pin!(tokio::time::sleep(LISTENS));
         loop {
             let order = BuildOrder {
                 flake: self.build.flake.clone(),
                 attr: self.build.attr.clone(),
                 timeout_secs: self.build.timeout_secs,
             };
-            match self.builds.guest.build(endpoint, order).await {
-                Err(error) if !matches!(error.kind(), Kind::Unavailable | Kind::Timeout) => return Err(error),
-                Err(error) if tokio::time::Instant::now() > until => {
+            let error = match self.builds.guest.build(endpoint, order).await {
+                Err(error) if matches!(error.kind(), Kind::Unavailable | Kind::Timeout) => error,
+                says => return says,
+            };
+            tokio::select! {
+                biased;
+                () = &mut late => {
                     let what = format!("build: no builder listens in image {}", self.build.builder);
                     return Err(Error::new(Kind::FailedPrecondition, what)
                         .because(error)
                         .hint("make the image anew with scripts/setup-builder.sh --upgrade"));
                 }
-                Err(_) => tokio::time::sleep(AGAIN).await,
-                says => return says,
+                () = tokio::time::sleep(AGAIN) => {}
             }
         }
     }
