@@ -18,9 +18,7 @@ from harness.tools import until, within
 FLAKE = Path(__file__).resolve().parent / "fixtures/flake"
 
 if not (ASSETS / "manifests/builder.json").exists():
-    pytest.skip(
-        "no builder's image: scripts/setup-builder.sh makes it", allow_module_level=True
-    )
+    pytest.skip("no builder's image: scripts/setup-builder.sh makes it", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +34,7 @@ def flake(workdir: Path) -> Path:
 @pytest.fixture(scope="module")
 def here(session_server: Callable[..., Server], workdir: Path) -> Server:
     """A server with a store of its own."""
-    return session_server(
-        "build", image_dir=images.copy(ASSETS, workdir / "build-store")
-    ).start()
+    return session_server("build", image_dir=images.copy(ASSETS, workdir / "build-store")).start()
 
 
 def nothing_left(server: Server) -> None:
@@ -47,9 +43,7 @@ def nothing_left(server: Server) -> None:
     assert list((server.state_dir / "disks").glob("*.ext4")) == []
 
 
-def build(
-    server: Server, flake: Path, attr: str = "", *more: object, timeout: float = 180
-):
+def build(server: Server, flake: Path, attr: str = "", *more: object, timeout: float = 180):
     target = f"path:{flake}#{attr}" if attr else f"path:{flake}"
     return server.cli("build", target, *more, timeout=within(timeout))
 
@@ -65,22 +59,10 @@ def test_a_flake_becomes_an_image_that_boots(here: Server, flake: Path) -> None:
     nothing_left(here)
     image = here.cli("image", "inspect", "machine", "-o", "json").ok().json
     revision = image["revision"]
-    assert (
-        image["kernel_digest"]
-        == json.loads((ASSETS / "boot.json").read_text())["kernel"]["digest"]
-    )
-    assert (
-        revision["attr"] == ""
-        and revision["network"] == "none"
-        and revision["lock_digest"] is None
-    )
-    assert revision["source_digest"].startswith("sha256:") and revision[
-        "out_path"
-    ].startswith("/nix/store/")
-    assert (
-        revision["kernel_release"].startswith("6.")
-        and revision["started_at"] < revision["finished_at"]
-    )
+    assert image["kernel_digest"] == json.loads((ASSETS / "boot.json").read_text())["kernel"]["digest"]
+    assert revision["attr"] == "" and revision["network"] == "none" and revision["lock_digest"] is None
+    assert revision["source_digest"].startswith("sha256:") and revision["out_path"].startswith("/nix/store/")
+    assert revision["kernel_release"].startswith("6.") and revision["started_at"] < revision["finished_at"]
 
     ran = here.cli(
         "run",
@@ -96,20 +78,10 @@ def test_a_flake_becomes_an_image_that_boots(here: Server, flake: Path) -> None:
 
     # The same again needs no VM, under this name and under another; and another name is not taken from what it means.
     again = build(here, flake, "", "--tag", "again", "-o", "json", timeout=30).ok()
-    assert (
-        again.json["cached"]
-        and again.json["digest"] == image["digest"]
-        and "nothing ran" in again.stderr
-    )
-    assert (
-        build(here, flake, "", "--tag", "machine", timeout=30).ok().text == "machine\n"
-    )
-    build(here, flake, "", "--tag", "debian", timeout=30).fails(
-        1, "debian", "means", "--replace"
-    )
-    build(here, flake, "fails", "--tag", "machine", timeout=30).fails(
-        1, "machine", "means", "--replace"
-    )
+    assert again.json["cached"] and again.json["digest"] == image["digest"] and "nothing ran" in again.stderr
+    assert build(here, flake, "", "--tag", "machine", timeout=30).ok().text == "machine\n"
+    build(here, flake, "", "--tag", "debian", timeout=30).fails(1, "debian", "means", "--replace")
+    build(here, flake, "fails", "--tag", "machine", timeout=30).fails(1, "machine", "means", "--replace")
     nothing_left(here)
     assert not here.settle(before)
 
@@ -126,9 +98,7 @@ BAD = {
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", BAD)
-def test_what_goes_wrong_is_told_and_nothing_is_left(
-    here: Server, flake: Path, case: str
-) -> None:
+def test_what_goes_wrong_is_told_and_nothing_is_left(here: Server, flake: Path, case: str) -> None:
     attr, more, words = BAD[case]
     small = flake.parent / "small"
     shutil.copytree(FLAKE, small, dirs_exist_ok=True)
@@ -144,9 +114,7 @@ def test_a_build_that_prints_without_end_costs_no_memory(here: Server) -> None:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
     before = memory()
-    printed = build(
-        here, FLAKE, "prints", "--tag", "bad", "--memory", "512", timeout=270
-    )
+    printed = build(here, FLAKE, "prints", "--tag", "bad", "--memory", "512", timeout=270)
     # It comes to its end, and its result is no kernel.
     printed.fails(1, "a line of a hundred characters", "kernel")
     assert memory() - before < 96 << 10, "KiB more than before it"
@@ -167,9 +135,7 @@ def started(server: Server, flake: Path) -> subprocess.Popen[bytes]:
     ]
     log = server.state_dir.with_suffix(".build")
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stderr=out, env=server.cli.environment()
-        )
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=out, env=server.cli.environment())
     until(
         lambda: "now it waits" in log.read_text(errors="replace"),
         seconds=120,
@@ -210,22 +176,16 @@ def test_a_server_that_dies_leaves_nothing_of_a_build(here: Server) -> None:
     nothing_left(here)
 
 
-def test_what_needs_no_vm_is_told_without_one(
-    here: Server, workdir: Path, make_server: Callable[..., Server]
-) -> None:
+def test_what_needs_no_vm_is_told_without_one(here: Server, workdir: Path, make_server: Callable[..., Server]) -> None:
     empty = workdir / "empty"
     empty.mkdir()
     here.cli("build", empty).fails(2, "flake.nix")
-    here.cli("build", "github:owner/repo", "--tag", "x").fails(
-        1, "network", "--network default"
-    )
+    here.cli("build", "github:owner/repo", "--tag", "x").fails(1, "network", "--network default")
     here.cli("build", f"path:{FLAKE}#--impure", "--tag", "x").fails(1, "attr")
     here.cli("build", f"path:{FLAKE}", "--tag", "Not A Name").fails(2)
     store = images.copy(ASSETS, workdir / "builderless")
     (store / "manifests/builder.json").unlink()
     server = make_server("builderless", image_dir=store).start()
-    server.cli("build", f"path:{FLAKE}", "--tag", "x").fails(
-        1, "builder", "scripts/setup-builder.sh"
-    )
+    server.cli("build", f"path:{FLAKE}", "--tag", "x").fails(1, "builder", "scripts/setup-builder.sh")
     nothing_left(server)
     assert os.listdir(here.state_dir / "builds") == []
