@@ -243,23 +243,23 @@ pub(crate) fn unexpected(report: &Report) -> Error {
     Error::new(Kind::Internal, format!("unpacking: the helper said {report:?}"))
 }
 
+/// What the helper, or what it became, wrote to stderr.
+pub(crate) fn lines(stderr: &File) -> Vec<String> {
+    let mut bytes = vec![0; usize::try_from(STDERR).unwrap_or_default()];
+    if stderr.read_at(&mut bytes, 0).is_err() {
+        return Vec::new();
+    }
+    let text = String::from_utf8_lossy(&bytes);
+    let lines = text.trim_end_matches('\0').lines();
+    lines.filter(|line| !line.trim().is_empty()).map(str::to_owned).collect()
+}
+
 /// What the helper itself told is enough; else how it ended and what it wrote.
 pub(crate) fn blame(error: Error, exit: Exit, stderr: &File) -> Error {
     if error.kind() != Kind::Internal {
         return error;
     }
-    let mut said = String::new();
-    let mut bytes = vec![0; usize::try_from(STDERR).unwrap_or_default()];
-    if stderr.read_at(&mut bytes, 0).is_ok() {
-        let text = String::from_utf8_lossy(&bytes);
-        said = text
-            .trim_end_matches('\0')
-            .lines()
-            .filter(|line| !line.trim().is_empty())
-            .take(5)
-            .collect::<Vec<_>>()
-            .join("; ");
-    }
+    let said = lines(stderr).into_iter().take(5).collect::<Vec<_>>().join("; ");
     if said.contains("No space left") || said.contains("Could not allocate") {
         return Error::new(Kind::Exhausted, error.what().to_owned()).because(Error::new(Kind::Exhausted, said));
     }

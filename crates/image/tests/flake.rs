@@ -287,7 +287,7 @@ async fn hostile_disks_are_told_and_leave_nothing() {
     // No file system at all, and one whose middle was written over.
     let disk = laid_out(&bench, &empty).await;
     std::fs::File::options().write(true).open(&disk).unwrap().write_all_at(&[0; 8192], 0).unwrap();
-    refused(&host, &bench, &empty, "").await;
+    refused(&host, &bench, &empty, "debugfs cannot read it: ").await;
     let disk = laid_out(&bench, &garbage).await;
     leave_files(&host, &disk, &[("vmlinux", &kernel), ("rootfs.ext4", &good)]).await;
     let file = std::fs::File::options().write(true).open(&disk).unwrap();

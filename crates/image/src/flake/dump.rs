@@ -8,7 +8,7 @@ use std::path::Path;
 use clawpot_host::process::{Exit, find_program};
 use clawpot_types::{Error, Kind, Result};
 
-use crate::build::{Builder, Work, blame, blocking, report, take_back, unexpected};
+use crate::build::{Builder, Work, blame, blocking, lines, report, take_back, unexpected};
 use crate::unpack::limits::Limits;
 use crate::unpack::wire::{self, Order, Report};
 
@@ -50,7 +50,10 @@ pub async fn dump(builder: &Builder, disk: &Path, files: &[&str], most: u64) -> 
     })
     .await?;
     let failed = match (talk, exit) {
-        (Ok(()), exit) if exit.is_success() => return Ok(work),
+        (Ok(()), exit) if exit.is_success() => match complaint(&stderr) {
+            None => return Ok(work),
+            Some(error) => error.context(what()),
+        },
         (Ok(()), Exit::Signal(TOO_LARGE)) => {
             Error::new(Kind::Exhausted, format!("a file of the result is larger than {} MiB", most >> 20))
                 .hint("that is the size of the disk of results (--disk), or what the image store has left")
@@ -63,6 +66,22 @@ pub async fn dump(builder: &Builder, disk: &Path, files: &[&str], most: u64) -> 
         Err(failed)
     })
     .await
+}
+
+/// `debugfs` ends well whatever it met. A file that is not there is no matter of its; anything else it says means that what it read
+/// is not what was written.
+fn complaint(stderr: &File) -> Option<Error> {
+    // The first is its name and version, the second is of a name that it does not find.
+    let usual = |line: &str| line.starts_with("debugfs 1.") || line.contains("File not found by ext2_lookup");
+    let said: Vec<_> = lines(stderr).into_iter().filter(|line| !usual(line)).take(5).collect();
+    if said.is_empty() {
+        return None;
+    }
+    let said = said.join("; ");
+    if said.contains("No space left") {
+        return Some(Error::new(Kind::Exhausted, said));
+    }
+    Some(Error::new(Kind::Corrupt, format!("debugfs cannot read it: {said}")).hint("build it again"))
 }
 
 fn dialog(socket: &OwnedFd, disk: &File, files: Vec<String>, most: u64) -> Result<()> {

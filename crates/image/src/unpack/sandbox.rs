@@ -3,7 +3,8 @@
 //! It is root of a user namespace over 65,536 owners that nobody else has, so that files get their true owners without any
 //! privilege on the host; it has no network; it sees nothing of the file system but its directory and, to read, what
 //! `mke2fs` is made of; once its second thread runs ([`super::inflate`]) it can start nothing; its
-//! memory and the size of its files are limited.
+//! memory and the size of its files are limited. What becomes `debugfs` may start threads, which end with it, but no process
+//! ([`only_threads`]).
 
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 
@@ -17,8 +18,6 @@ use rustix::thread::UnshareFlags;
 
 /// Address space, bytes: decoders take up to 128 MiB, what is kept of an image up to some 100 MiB.
 const MEMORY: u64 = 1 << 30;
-/// Of `debugfs`, which reads a large file system's bitmaps with one for each CPU and gives up where it may not.
-const THREADS: u64 = 512;
 /// CPU time, seconds: a 64 GiB image takes some ten minutes.
 const CPU: u64 = 3600;
 /// Address space of a check, bytes: `e2fsck` keeps a few bits for each block and inode, some 1 GiB for the largest volume.
@@ -56,13 +55,21 @@ pub fn enter(file_size: u64, disk: Option<BorrowedFd<'_>>) -> Result<()> {
         (Resource::Fsize, file_size),
         (Resource::Nofile, 256),
         // Of this owner: itself and its second thread, until `alone`; or what debugfs needs.
-        (Resource::Nproc, if disk.is_some() { THREADS } else { 2 }),
+        (Resource::Nproc, if disk.is_some() { debugfs_threads() } else { 2 }),
     ] {
         let limit = Rlimit { current: Some(most), maximum: Some(most) };
         rustix::process::setrlimit(resource, limit).map_err(|errno| failed("setting limits", errno))?;
     }
     rustix::thread::set_no_new_privs(true).map_err(|errno| failed("giving up new privileges", errno))?;
-    landlock(disk)
+    landlock(disk)?;
+    if disk.is_some() { only_threads() } else { Ok(()) }
+}
+
+/// `debugfs` reads a large file system's bitmaps with a thread for each CPU, and gives up where it may not.
+fn debugfs_threads() -> u64 {
+    // SAFETY: asks for a number.
+    let cpus = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_CONF) };
+    u64::try_from(cpus).unwrap_or_default().max(1) + 1
 }
 
 /// Without a namespace of owners, for a program that needs none: an unprivileged user without network, who may open nothing but what
@@ -106,6 +113,78 @@ pub fn alone() -> Result<()> {
     rustix::process::setrlimit(Resource::Nproc, limit).map_err(|errno| failed("setting limits", errno))
 }
 
+/// From here on this thread and what it becomes can start threads of the same process and nothing else: they end with the process, so
+/// that nothing outlives it. Needs no-new-privileges.
+fn only_threads() -> Result<()> {
+    #[cfg(target_arch = "x86_64")]
+    const NATIVE: u32 = 0xc000_003e;
+    #[cfg(target_arch = "aarch64")]
+    const NATIVE: u32 = 0xc000_00b7;
+    /// From here up on x86-64: the same calls once more, by other numbers (x32).
+    const OTHER_NUMBERS: u32 = 0x4000_0000;
+    // The kernel gives a filter 32 bits of each at a time: of `seccomp_data`, the number, the architecture, the first argument.
+    const NUMBER: u32 = 0;
+    const ARCHITECTURE: u32 = 4;
+    const FLAGS: u32 = 16;
+    let number = |call: libc::c_long| u32::try_from(call).unwrap_or(u32::MAX);
+    let fork: &[libc::c_long] = &[
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_fork,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_vfork,
+    ];
+    let errno = |errno: i32| libc::SECCOMP_RET_ERRNO | u32::try_from(errno).unwrap_or_default();
+    let mut filter = vec![
+        load(ARCHITECTURE),
+        when(libc::BPF_JEQ, NATIVE, 1, 0),
+        answer(libc::SECCOMP_RET_KILL_PROCESS),
+        load(NUMBER),
+        when(libc::BPF_JGE, OTHER_NUMBERS, 0, 1),
+        answer(libc::SECCOMP_RET_KILL_PROCESS),
+        // Its flags are in memory, where no filter can look: the C library takes the older call where there is none.
+        when(libc::BPF_JEQ, number(libc::SYS_clone3), 0, 1),
+        answer(errno(libc::ENOSYS)),
+    ];
+    for call in fork {
+        filter.extend([when(libc::BPF_JEQ, number(*call), 0, 1), answer(errno(libc::EPERM))]);
+    }
+    let thread = u32::try_from(libc::CLONE_THREAD).unwrap_or_default();
+    filter.extend([
+        when(libc::BPF_JEQ, number(libc::SYS_clone), 0, 3),
+        load(FLAGS),
+        when(libc::BPF_JSET, thread, 1, 0),
+        answer(errno(libc::EPERM)),
+        answer(libc::SECCOMP_RET_ALLOW),
+    ]);
+    let program =
+        libc::sock_fprog { len: u16::try_from(filter.len()).unwrap_or_default(), filter: filter.as_mut_ptr() };
+    // SAFETY: the program and what it points to live until the call has copied them.
+    let done =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, std::ptr::from_ref(&program)) };
+    match done {
+        0 => Ok(()),
+        _ => Err(Error::io("sandbox: allowing no process but itself", std::io::Error::last_os_error())
+            .hint("the kernel needs CONFIG_SECCOMP_FILTER")),
+    }
+}
+
+fn step(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
+    libc::sock_filter { code: u16::try_from(code).unwrap_or_default(), jt, jf, k }
+}
+
+fn load(at: u32) -> libc::sock_filter {
+    step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, at, 0, 0)
+}
+
+/// `yes` and `no`: how many steps to leave out.
+fn when(how: u32, value: u32, yes: u8, no: u8) -> libc::sock_filter {
+    step(libc::BPF_JMP | how | libc::BPF_K, value, yes, no)
+}
+
+fn answer(what: u32) -> libc::sock_filter {
+    step(libc::BPF_RET | libc::BPF_K, what, 0, 0)
+}
+
 /// Where the kernel has landlock; from Linux 5.19 on, as without its `REFER` there could be no hard links.
 fn landlock(disk: Option<BorrowedFd<'_>>) -> Result<()> {
     let refused = |error: landlock::RulesetError| Error::new(Kind::Internal, "sandbox: landlock").because(error);
@@ -147,4 +226,34 @@ fn restrict(rules: RulesetCreated) -> Result<()> {
         eprintln!("clawpot-unpack: this kernel has no landlock; its user alone confines it");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    /// A filter is a thread's own: this one's goes with it.
+    #[test]
+    fn a_process_that_may_have_threads_starts_no_other_process() {
+        let tried = std::thread::spawn(|| {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            only_threads().unwrap();
+            let thread = std::thread::spawn(|| 7).join().unwrap();
+            #[expect(clippy::disallowed_methods, reason = "this is what must fail")]
+            let started = std::process::Command::new("true").spawn();
+            // SAFETY: a child, if there is one, only ends. Its flags say that it is no thread.
+            let cloned = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+            if cloned == 0 {
+                // SAFETY: ends the child, which shares nothing with us.
+                unsafe { libc::_exit(0) };
+            }
+            (thread, started.map(|child| child.id()), cloned)
+        });
+        let (thread, started, cloned) = tried.join().unwrap();
+        assert_eq!(thread, 7);
+        assert_eq!(started.unwrap_err().raw_os_error(), Some(libc::EPERM));
+        assert_eq!(cloned, -1);
+    }
 }
