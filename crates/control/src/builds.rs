@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use clawpot_core::ports::{
     BoxStream, BuildName, BuildOrder, BuilderGuest, BuilderSays, FlakeSource, GuestEndpoint, ImageDetail, Revision,
-    Source, Workbench,
+    Source, Txn, Workbench,
 };
 use clawpot_core::{DiskSource, ExtraDisk, ImagePin, Phase, Reach, RestartPolicy, VmRecord, VmSpec};
 use clawpot_types::{Digest, Error, ImageRef, Kind, MiB, Millis, Result, Timestamp, Vcpus, VmId};
@@ -23,7 +23,7 @@ use tracing::{info, warn};
 use crate::records::Row;
 use crate::service::create::CreateVm;
 use crate::service::exec::Attachment;
-use crate::{Service, service::known};
+use crate::{Service, service::event, service::known};
 
 /// At once; each has a VM and up to a gibibyte of sources.
 const AT_ONCE: usize = 8;
@@ -40,6 +40,8 @@ const AROUND: Duration = Duration::from_secs(600);
 const GRACE: Millis = Millis(30_000);
 /// Between two attempts to remove a VM of a store that cannot be written.
 const RETRY: Duration = Duration::from_secs(5);
+/// Characters of an event.
+const SHOWN: usize = 500;
 
 /// What a client asks for, checked in form by the API.
 #[derive(Clone, Debug)]
@@ -130,6 +132,7 @@ impl Builds {
         let one = One { builds: self, build, id: &id, actor, say };
         self.running().insert(id.clone());
         let done = one.go(archive).await;
+        self.tell(build, &id, actor, &done).await;
         let cleared = self.clear(&id, actor).await;
         self.running().remove(&id);
         match (done, cleared) {
@@ -145,6 +148,26 @@ impl Builds {
                     Err(failed) => error.and_cleanup(failed),
                 })
             }
+        }
+    }
+
+    /// What came of it, among the events of its VM; one that had none leaves none. On a store that cannot be written builds run
+    /// all the same.
+    async fn tell(&self, build: &Build, id: &VmId, actor: &str, done: &Result<(ImageDetail, bool)>) {
+        let records = self.service.records();
+        let Some(Row::Known { record, .. }) = records.find(&vm_name(id)).ok().and_then(|vm| records.get(&vm)) else {
+            return;
+        };
+        let name = &build.name.name;
+        let message = match done {
+            Ok((image, _)) => format!("{name}: {}", image.info.digest),
+            Err(error) => format!("{name}: failed: {}", error.chain()),
+        };
+        // What a guest said is in it.
+        let message = message.chars().filter(|c| !c.is_control()).take(SHOWN).collect();
+        let told = event(self.service.deps(), &record, "image.build", message, actor);
+        if let Err(error) = records.store().txn(Txn { events: vec![told], ..Txn::default() }).await {
+            warn!(vm = %record.id, error = error.chain(), "writing the event of a build");
         }
     }
 

@@ -142,6 +142,12 @@ async fn ended(builds: &Builds, build: Build) -> (Vec<String>, Result<bool>) {
     panic!("it ended without a word: {said:?}")
 }
 
+/// The events of builds.
+async fn told(house: &House) -> Vec<String> {
+    let events = house.service().events("", Default::default(), 1000).await.unwrap();
+    events.into_iter().filter(|event| event.kind == "image.build").map(|event| event.message).collect()
+}
+
 fn check_empty(house: &House, bench: &Bench) {
     house.check_empty();
     assert!(bench.files.lock().unwrap().is_empty());
@@ -153,6 +159,9 @@ async fn a_build_has_a_vm_of_its_own_and_leaves_an_image() {
     let (builds, bench) = workshop(&house, Does::Builds).await;
     let (said, done) = ended(&builds, wanted()).await;
     assert!(!done.unwrap(), "{said:?}");
+    let told = told(&house).await;
+    let [told] = &told[..] else { panic!("{told:?}") };
+    assert!(told.starts_with("app: sha256:"), "{told}");
     assert!(said.contains(&"building image".to_owned()), "{said:?}");
     check_empty(&house, &bench);
     // The same again: nothing runs.
@@ -175,6 +184,9 @@ async fn however_it_fails_nothing_is_left() {
         let error = ended(&builds, wanted()).await.1.unwrap_err();
         assert_eq!(error.kind(), kind, "{}", error.chain());
         assert!(error.chain().contains(why), "{}", error.chain());
+        let told = told(&house).await;
+        let [told] = &told[..] else { panic!("{told:?}") };
+        assert!(told.starts_with("app: failed: ") && told.contains(why), "{told}");
         check_empty(&house, &bench);
     }
     let house = House::new().await;

@@ -1,6 +1,6 @@
 //! May this VM be taken in? Budgets of memory, disk, vCPUs and slots, and a watermark under the host's free disk.
 //!
-//! - A VM holds its disk and its slot from create to gone, memory and vCPUs while it may have a machine: [`Claim::of`].
+//! - A VM holds its disk, what else the server gives it to write on (a build's result) and its slot from create to gone, memory and vCPUs while it may have a machine: [`Claim::of`].
 //! - What may be held in all follows from what the host has and how much of it may be promised: [`Policy`].
 //! - To the memory that its guest is given comes what its VMM needs itself: [`Footprint`].
 //! - Disks are sparse: their sum is a promise, the watermark is about what is really there. Below it nothing is created or
@@ -12,7 +12,7 @@ use std::fmt;
 
 use clawpot_types::{Error, Kind, MiB, Vcpus};
 
-use crate::{Desired, Phase, VmRecord, VmSpec};
+use crate::{Desired, DiskSource, ExtraDisk, Phase, VmRecord, VmSpec};
 
 /// How much of what the host has may be promised to VMs, in percent; over 100 is overcommitment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +91,10 @@ impl Claim {
     /// Of a VM that has no machine.
     #[must_use]
     pub fn at_rest(spec: &VmSpec) -> Self {
-        Self { disk: spec.disk.0, slots: 1, ..Self::default() }
+        let written = |disk: &&ExtraDisk| !disk.read_only && matches!(disk.source, DiskSource::File(_));
+        let disks = 1 + spec.extra_disks.iter().filter(written).count();
+        let disk = spec.disk.0.saturating_mul(u64::try_from(disks).unwrap_or(u64::MAX));
+        Self { disk, slots: 1, ..Self::default() }
     }
 
     /// Of a VM as it is.

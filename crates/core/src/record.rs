@@ -110,7 +110,8 @@ pub struct ExtraDisk {
 #[serde(rename_all = "snake_case")]
 pub enum DiskSource {
     Volume(VolumeName),
-    /// One that the server itself keeps below its state directory; no client can ask for it.
+    /// One that the server itself keeps below its state directory; no client can ask for it. Where the guest may write, it
+    /// is as large as the VM's own disk.
     File(PathBuf),
 }
 

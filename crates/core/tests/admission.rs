@@ -5,7 +5,7 @@
 mod support;
 
 use clawpot_core::admission::{Budgets, Claim, Footprint, Policy, Resource, Room, may_have_machine};
-use clawpot_core::{Desired, Phase, Restart, RestartPolicy};
+use clawpot_core::{Desired, DiskSource, ExtraDisk, Phase, Restart, RestartPolicy};
 use clawpot_types::{Error, Kind, MiB, Retry, Vcpus};
 use proptest::prelude::*;
 
@@ -107,6 +107,12 @@ fn what_a_vm_holds_follows_from_its_phase() {
         }
     }
     insta::assert_snapshot!(table);
+    // A build's: what it writes the result to is as large as its own.
+    let mut builder = support::record();
+    builder.spec.extra_disks = [false, true]
+        .map(|read_only| ExtraDisk { source: DiskSource::File("/disk".into()), read_only, mount: None })
+        .to_vec();
+    assert_eq!(Claim::of(&builder, VMM).disk, 2 * 4096);
     // A start by policy, or one that was asked for, has its place kept.
     let mut failed = support::record();
     failed.phase = Phase::Failed;

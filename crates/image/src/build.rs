@@ -41,6 +41,8 @@ pub struct Builder {
 #[derive(Clone, Debug)]
 pub struct Recipe {
     pub limits: Limits,
+    /// Layers are archives like any other, in which `.wh.NAME` is a file of that name and hides nothing.
+    pub plain: bool,
     /// The same layers give the same identity.
     pub uuid: String,
     /// Seconds since the epoch, of what bears no time of its own.
@@ -193,7 +195,7 @@ fn dialog(
         match feed.blocking_recv() {
             None => return Err(Error::new(Kind::Cancelled, "unpacking: nobody wants it any more")),
             Some(Feed::Layer { file, diff_id }) => {
-                wire::send(socket.as_fd(), &Order::Layer { diff_id }, Some(file.as_fd()))?;
+                wire::send(socket.as_fd(), &Order::Layer { diff_id, plain: recipe.plain }, Some(file.as_fd()))?;
                 loop {
                     match report(socket)? {
                         Report::Progress { read } => told(Told::Read(read)),

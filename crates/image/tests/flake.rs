@@ -118,7 +118,9 @@ fn nothing_half_made(host: &Host) {
 async fn a_flakes_directory_becomes_a_read_only_disk_and_its_lock_is_known() {
     let host = Host::new();
     let bench = bench(&host);
-    let archive = flake().symlink("out", "/etc/passwd").symlink("up", "../../../../etc").end();
+    // No layer of an image: a name is only a name.
+    let marks = flake().file("src/.wh.a", b"b").file(".wh..wh..opq", b"c");
+    let archive = marks.symlink("out", "/etc/passwd").symlink("up", "../../../../etc").end();
     let source = receive(&bench, &id(1), archive.clone()).await.unwrap();
     assert_eq!(source, Source { digest: digest(&archive), lock: Some(digest(b"{}")) });
     let disks = bench.lay_out(&id(1), MiB(64)).await.unwrap();
@@ -128,9 +130,12 @@ async fn a_flakes_directory_becomes_a_read_only_disk_and_its_lock_is_known() {
     assert!(meta.blocks() * 512 < 8 << 20, "sparse: {} blocks", meta.blocks());
     let tool = Tool::new(find_program("debugfs", None).unwrap()).args(["-R", "ls -l /"]).args([source]);
     let listing = String::from_utf8_lossy(&tool.run().await.unwrap()).into_owned();
-    for name in ["flake.nix", "flake.lock", "src", "out", "up"] {
+    for name in ["flake.nix", "flake.lock", "src", "out", "up", ".wh..wh..opq"] {
         assert!(listing.contains(name), "{listing}");
     }
+    let tool = Tool::new(find_program("debugfs", None).unwrap()).args(["-R", "ls -p /src"]).args([source]);
+    let listing = String::from_utf8_lossy(&tool.run().await.unwrap()).into_owned();
+    assert!(listing.contains("/a/") && listing.contains("/.wh.a/"), "{listing}");
     // The links are links there, to nothing of this host.
     let tool = Tool::new(find_program("debugfs", None).unwrap()).args(["-R", "stat /out"]).args([source]);
     assert!(String::from_utf8_lossy(&tool.run().await.unwrap()).contains("Fast link dest: \"/etc/passwd\""));

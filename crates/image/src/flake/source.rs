@@ -111,7 +111,7 @@ pub async fn disk(bench: &Bench, dir: &Path) -> Result<Option<PathBuf>> {
     for one in [Feed::Layer { file, diff_id: None }, Feed::End] {
         feed.try_send(one).map_err(|_| Error::new(Kind::Internal, "unpacking the flake: nobody takes it"))?;
     }
-    let made = bench.builder.build(Recipe { limits, uuid, time: TIME }, fed, |_| {}).await;
+    let made = bench.builder.build(Recipe { limits, plain: true, uuid, time: TIME }, fed, |_| {}).await;
     // Until here: a helper that sees the end of it gives up.
     drop(feed);
     let made = made.map_err(|error| error.context("making a disk of the flake's directory"))?;

@@ -72,6 +72,7 @@ impl Library {
         S: futures_util::Stream<Item = Result<File>> + Send,
     {
         let recipe = Recipe {
+            plain: false,
             limits: unpack::within(room / TREE_AND_IMAGE, self.room.entries),
             uuid: oci::uuid(&image),
             time: 0,

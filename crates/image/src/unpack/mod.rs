@@ -70,8 +70,9 @@ fn work(socket: BorrowedFd<'_>) -> Result<()> {
         match wire::receive(socket)? {
             // The server is gone, or wants no more of it.
             None => return Ok(()),
-            Some((Order::Layer { diff_id }, Some(file))) => {
+            Some((Order::Layer { diff_id, plain }, Some(file))) => {
                 number += 1;
+                tree.plain = plain;
                 let mut told = Ok(());
                 let mut tell = |read| told = wire::send(socket, &Report::Progress { read }, None);
                 layer::apply((File::from(file), diff_id.as_ref()), &inflate, &mut tree, &mut budget, &mut tell)

@@ -29,6 +29,8 @@ pub struct Tree {
     /// Of the root as the kernel names it, with a slash behind.
     prefix: Vec<u8>,
     depth: usize,
+    /// Whether `.wh.NAME` is a file like any other.
+    pub plain: bool,
     /// The directory of the last entry: by the name it was asked by, with its true name.
     last: Option<(Vec<u8>, Dir)>,
     /// Whether it counts as this layer's.
@@ -124,6 +126,7 @@ impl Tree {
             root,
             prefix,
             depth,
+            plain: false,
             last: None,
             last_made: false,
             made: HashSet::new(),
@@ -150,7 +153,7 @@ impl Tree {
             };
         }
         let (parent, name) = split(&path);
-        if let Some(hidden) = name.strip_prefix(b".wh.") {
+        if let Some(hidden) = name.strip_prefix(b".wh.").filter(|_| !self.plain) {
             return self.whiteout(parent, hidden, &path);
         }
         if entry.what == What::Device {

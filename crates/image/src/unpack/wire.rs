@@ -30,8 +30,8 @@ pub enum Order {
     Mapped { limits: Limits },
     /// In the place of layers: `files` of the ext4 on that disk, to files of their names; `debugfs` is the program's path.
     Dump { files: Vec<String>, debugfs: String },
-    /// The next layer, lowest first; its file comes along.
-    Layer { diff_id: Option<Digest> },
+    /// The next layer, lowest first; its file comes along. `plain`: nothing in it is a mark.
+    Layer { diff_id: Option<Digest>, plain: bool },
     /// That was the last one. Times are seconds since the epoch; `mke2fs` is the program's path.
     Make { uuid: String, time: i64, mke2fs: String },
 }
