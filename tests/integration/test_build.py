@@ -58,6 +58,8 @@ def test_a_flake_becomes_an_image_that_boots(here: Server, flake: Path) -> None:
     assert "building the root file system" in built.stderr
     nothing_left(here)
     image = here.cli("image", "inspect", "machine", "-o", "json").ok().json
+    told = [event for event in here.cli("events", "-o", "json").ok().lines if event["kind"] == "image.build"]
+    assert [event["message"] for event in told] == [f"machine: {image['digest']}"]
     revision = image["revision"]
     assert image["kernel_digest"] == json.loads((ASSETS / "boot.json").read_text())["kernel"]["digest"]
     assert revision["attr"] == "" and revision["network"] == "none" and revision["lock_digest"] is None
