@@ -132,20 +132,46 @@ def test_a_recycled_pid_is_not_adopted(quick: Server, sleeper: subprocess.Popen[
 @pytest.mark.parametrize("ticks", [0, 1])
 def test_a_stranger_in_a_machines_cgroup(quick: Server, sleeper: subprocess.Popen[bytes], ticks: int) -> None:
     """Not taken for the machine, not ended; that is for the VM's owner to say. Nor if it came by the machine's number."""
+    vm_id, group = _intruded(quick, sleeper, ticks)
+    quick.start()
+    until(lambda: quick.cli.inspect("unseen")["phase"] == "quarantined", seconds=20, what="its quarantine")
+    failure = quick.cli.inspect("unseen")["failure"]
+    assert "another is in its cgroup" in failure["message"] and str(sleeper.pid) in failure["message"], failure
+    assert "rm --force unseen" in failure["hint"], failure
+    assert [vm["phase"] for vm in quick.cli.ls()] == ["quarantined"]
+    assert "another is in its cgroup" in quick.cli("events", "unseen").ok().text
+    quick.cli("rm", "unseen").fails(1, "another is in its cgroup")
+    assert sleeper.poll() is None and (group / "cgroup.procs").read_text().split() == [str(sleeper.pid)]
+    quick.cli("rm", "--force", "unseen").ok()
+    assert sleeper.wait(10) == -signal.SIGKILL
+    assert not [thing for thing in quick.traces.now() if vm_id in thing]
+
+
+def test_a_stranger_leaves_a_machines_cgroup(quick: Server, sleeper: subprocess.Popen[bytes]) -> None:
+    """What became of the machine is said then."""
+    _, group = _intruded(quick, sleeper, 0)
+    quick.start()
+    until(lambda: quick.cli.inspect("unseen")["phase"] == "quarantined", seconds=20, what="its quarantine")
+    (group.parent / "cgroup.procs").write_text(str(sleeper.pid))
+    until(lambda: quick.cli.inspect("unseen")["phase"] == "failed", seconds=20, what="the machine's end to be told")
+    quick.cli("rm", "unseen").ok()
+    assert sleeper.poll() is None
+
+
+def _groups(server: Server, vm_id: str) -> list[Path]:
+    """Of the version that counts."""
+    return [path for path in server.traces.cgroups() if vm_id in path.name and (path / "cgroup.events").exists()]
+
+
+def _intruded(quick: Server, sleeper: subprocess.Popen[bytes], ticks: int) -> tuple[str, Path]:
+    """A VM whose machine has died unseen, and the sleeper in its cgroup. Its id, and the cgroup."""
     vm_id, path = _dies_unseen(quick)
     if ticks:
         number = {"pid": sleeper.pid, "start_ticks": _start_ticks(sleeper.pid) - ticks}
         path.write_text(json.dumps(json.loads(path.read_text()) | number))
-    (group,) = [path for path in quick.traces.cgroups() if vm_id in path.name and (path / "cgroup.events").exists()]
+    (group,) = _groups(quick, vm_id)
     (group / "cgroup.procs").write_text(str(sleeper.pid))
-    quick.start()
-    until(lambda: "another is in its cgroup" in quick.tail(), seconds=20, what="a word about it")
-    quick.cli("rm", "--no-wait", "unseen").ok()
-    until(lambda: quick.cli.inspect("unseen")["phase"] == "deleting", what="its deletion's begin")
-    assert sleeper.poll() is None
-    quick.cli("rm", "--force", "unseen").ok()
-    assert sleeper.wait(10) == -signal.SIGKILL
-    assert not [thing for thing in quick.traces.now() if vm_id in thing]
+    return vm_id, group
 
 
 class _Strangers:

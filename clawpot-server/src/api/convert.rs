@@ -4,8 +4,11 @@ use std::time::Duration;
 
 use clawpot_common::v1;
 use clawpot_control::Row;
+use clawpot_control::service::quarantine_hint;
 use clawpot_core::event::Event;
-use clawpot_core::{Desired, DiskSource, Exit, ExtraDisk, Failure, Phase, Reason, RestartPolicy, Timing, VmRecord};
+use clawpot_core::{
+    Desired, DiskSource, Exit, ExtraDisk, Failure, Phase, Quarantine, Reason, RestartPolicy, Timing, VmRecord,
+};
 use clawpot_types::{Error, Kind, Retry, Revision, Timestamp, VmId};
 
 pub fn vm(id: &VmId, row: &Row) -> v1::Vm {
@@ -44,7 +47,11 @@ pub fn known(revision: Revision, record: &VmRecord) -> v1::Vm {
         vmm: record.vmm.as_ref().map(|choice| choice.kind.to_string()).unwrap_or_default(),
         vmm_version: record.vmm.as_ref().map(|choice| choice.version.clone()).unwrap_or_default(),
         address: record.address.map(|address| address.to_string()).unwrap_or_default(),
-        failure: record.failure.as_ref().map(failure),
+        failure: record
+            .quarantine
+            .as_ref()
+            .map(|why| quarantine(record, why))
+            .or_else(|| record.failure.as_ref().map(failure)),
         remove_when_done: record.remove_when_done,
         ttl_ms: record.ttl.map_or(0, |ttl| ttl.0),
         expires_at: record.expires_at.filter(|_| record.desired == Desired::Running).map(timestamp),
@@ -126,6 +133,15 @@ fn failure(failure: &Failure) -> v1::Failure {
         retryable: Error::new(failure.kind, "").retry() == Retry::Later,
         cleanup: failure.cleanup.clone().unwrap_or_default(),
         console_tail: failure.console_tail.clone(),
+    }
+}
+
+fn quarantine(record: &VmRecord, why: &Quarantine) -> v1::Failure {
+    v1::Failure {
+        during: phase(why.from).into(),
+        message: why.message.clone(),
+        hint: quarantine_hint(&record.name),
+        ..Default::default()
     }
 }
 

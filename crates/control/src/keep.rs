@@ -8,9 +8,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clawpot_core::MachineId;
 use clawpot_core::ports::{Durability, Expect, Guard, Op, Txn, Vmm};
-use clawpot_types::{Result, Slot};
+use clawpot_core::{Fact, MachineId, VmmFact};
+use clawpot_types::{Error, Kind, Result, Slot};
 use tracing::{info, warn};
 
 use crate::records::Row;
@@ -90,6 +90,10 @@ fn is_stray(service: &Service, machine: &MachineId) -> bool {
 }
 
 async fn end(vmm: &dyn Vmm, machine: &MachineId) -> Result<()> {
+    if let Fact::Present(VmmFact::Unproven { why }) = vmm.inspect(machine).await {
+        let hint = "end or move away the processes in its cgroup; after the next start of the server it goes";
+        return Err(Error::new(Kind::FailedPrecondition, why).hint(hint));
+    }
     vmm.stop(machine).await?;
     if tokio::time::timeout(DEATH, vmm.exited(machine)).await.is_err() {
         warn!(%machine, "its processes do not die");
@@ -101,9 +105,11 @@ async fn forget_old_requests(service: &Service) -> Result<()> {
     let now = service.deps.clock.now();
     let store = service.records.store();
     for entry in store.list("requests/").await?.entries {
-        // What cannot be read cannot make a create idempotent either.
-        let old = Request::decode(&entry.value)
-            .map_or(true, |request| now.since(request.at) > service.deps.settings.request_memory);
+        let old = match Request::decode(&entry.value) {
+            Ok(request) => now.since(request.at) > service.deps.settings.request_memory,
+            // What cannot be read cannot make a create idempotent either; a newer server's is its own.
+            Err(error) => error.kind() != Kind::Unsupported,
+        };
         if old {
             let guards = vec![Guard { key: entry.key.clone(), expect: Expect::Revision(entry.revision) }];
             let ops = vec![Op::Delete { key: entry.key }];

@@ -27,6 +27,8 @@ struct Life {
     served: bool,
     /// What the guest's Hello told of its boot, until it is written down.
     hello: Vec<Timing>,
+    /// The last look found nothing of a machine.
+    bare: bool,
 }
 
 /// The way to one incarnation's guest.
@@ -54,6 +56,7 @@ impl Lives {
             idle_since: now,
             served: false,
             hello: Vec::new(),
+            bare: false,
         });
         Some(wake)
     }
@@ -77,6 +80,18 @@ impl Lives {
         if let Some(life) = self.lock().get_mut(id) {
             life.link = link;
         }
+    }
+
+    pub fn set_bare(&self, id: &VmId, bare: bool) {
+        if let Some(life) = self.lock().get_mut(id) {
+            life.bare = bare;
+        }
+    }
+
+    /// Whether the last look found nothing of a machine. What was not looked at may have one.
+    #[must_use]
+    pub fn is_bare(&self, id: &VmId) -> bool {
+        self.lock().get(id).is_some_and(|life| life.bare)
     }
 
     pub fn set_guest(&self, id: &VmId, guest: GuestFact) {

@@ -9,6 +9,9 @@ use clawpot_core::{Phase, VmRecord};
 use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId, VmName};
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
+use tracing::error;
+
+use crate::service::create::Request;
 
 use crate::service::volume::LeaseChange;
 
@@ -67,6 +70,8 @@ struct Projection {
     names: BTreeMap<VmName, VmId>,
     /// From `slots/`, so that a quarantined VM's slot is known too.
     slots: BTreeMap<Slot, VmId>,
+    /// Claimed by a row that cannot be read, and no VM says that it is its: given to nobody.
+    lost_slots: BTreeSet<Slot>,
     /// The last VMs that went, oldest first. Their ids are never used again.
     buried: VecDeque<VmId>,
 }
@@ -76,6 +81,9 @@ const BURIED: usize = 1024;
 
 impl Projection {
     fn bury(&mut self, id: &VmId) {
+        if self.buried.contains(id) {
+            return;
+        }
         if self.buried.len() >= BURIED {
             self.buried.pop_front();
         }
@@ -113,32 +121,21 @@ impl Records {
     pub async fn load(store: Arc<dyn StateStore>) -> Result<Self> {
         let mut projection = Projection::default();
         let vms = store.list("vms/").await?;
-        for Entry { key, value, revision } in vms.entries {
-            let id = id_of(&key)?;
-            match VmRecord::decode(&value) {
-                // Whatever is done to a VM is named from its record: this one would have it done to another.
-                Ok(record) if record.id != id => {
-                    let why = format!("VM record: it lies under {id} and says that it is {}", record.id);
-                    projection.rows.insert(id, Row::Unreadable { revision, why });
-                }
-                Ok(record) => {
-                    projection.names.insert(record.name.clone(), id.clone());
-                    projection.rows.insert(id, Row::Known { revision, record: Arc::new(record) });
-                }
-                // A newer server's record is no damage: nothing is touched before someone decides.
-                Err(error) if error.kind() == Kind::Unsupported => return Err(error.context(format!("VM {id}"))),
-                Err(error) => {
-                    projection.rows.insert(id, Row::Unreadable { revision, why: error.chain() });
-                }
+        for entry in vms.entries {
+            let Some(id) = understood(id_of(&entry.key)) else { continue };
+            let row = row_of(&id, &entry)?;
+            if let Row::Known { record, .. } = &row {
+                projection.names.insert(record.name.clone(), id.clone());
             }
+            projection.rows.insert(id, row);
         }
         for bad in vms.unreadable {
-            projection
-                .rows
-                .insert(id_of(&bad.key)?, Row::Unreadable { revision: bad.revision, why: bad.error.chain() });
+            let Some(id) = understood(id_of(&bad.key)) else { continue };
+            projection.rows.insert(id, Row::Unreadable { revision: bad.revision, why: bad.error.chain() });
         }
-        projection.slots = load_slots(&*store, &projection.rows).await?;
+        load_slots(&*store, &mut projection).await?;
         load_names(&*store, &mut projection).await?;
+        check_requests(&*store).await?;
         let (changes, _) = broadcast::channel(WATCH_BACKLOG);
         Ok(Self { store, projection: Mutex::new(projection), changes })
     }
@@ -173,7 +170,8 @@ impl Records {
 
     #[must_use]
     pub fn slots_taken(&self) -> BTreeSet<Slot> {
-        self.lock().slots.keys().copied().collect()
+        let projection = self.lock();
+        projection.slots.keys().chain(&projection.lost_slots).copied().collect()
     }
 
     /// The name that the store says is `id`'s.
@@ -233,7 +231,7 @@ impl Records {
         };
         match self.commit(&record.id, txn).await? {
             TxnOutcome::Committed(revision) => {
-                self.publish(revision, record);
+                self.written(revision, record);
                 Ok(Some(revision))
             }
             TxnOutcome::Conflict { .. } => {
@@ -268,7 +266,7 @@ impl Records {
         add(&mut txn, leases);
         let outcome = self.commit(&record.id, txn).await?;
         if let TxnOutcome::Committed(revision) = outcome {
-            self.publish(revision, record);
+            self.written(revision, record);
         }
         Ok(outcome)
     }
@@ -337,7 +335,7 @@ impl Records {
     /// Takes over what the store says of the VM: somebody else changed it, and may never hear that it was done.
     pub(crate) async fn refresh(&self, id: &VmId) -> Result<()> {
         match self.stored(id).await? {
-            (_, Some(entry)) => self.publish(entry.revision, VmRecord::decode(&entry.value)?),
+            (_, Some(entry)) => self.publish(id.clone(), row_of(id, &entry)?),
             (at, None) => self.gone(id, at),
         }
         Ok(())
@@ -359,9 +357,12 @@ impl Records {
         self.tell(Changed { id: id.clone(), revision, row: None, last });
     }
 
-    fn publish(&self, revision: Revision, record: VmRecord) {
-        let id = record.id.clone();
-        let row = Row::Known { revision, record: Arc::new(record) };
+    fn written(&self, revision: Revision, record: VmRecord) {
+        self.publish(record.id.clone(), Row::Known { revision, record: Arc::new(record) });
+    }
+
+    fn publish(&self, id: VmId, row: Row) {
+        let revision = row.revision();
         {
             let mut projection = self.lock();
             // Two writers' commits may arrive here in either order; the later revision stays, and what is gone stays gone.
@@ -400,35 +401,70 @@ fn id_of(key: &str) -> Result<VmId> {
     key.trim_start_matches("vms/").parse().map_err(|error: Error| error.context(format!("store key {key:?}")))
 }
 
-/// Whose each slot is. A claim that cannot be read keeps its slot taken, for the VM whose slot is nowhere else.
-async fn load_slots(store: &dyn StateStore, rows: &BTreeMap<VmId, Row>) -> Result<BTreeMap<Slot, VmId>> {
+/// `entry` as the row of `id`. `Unsupported`: a newer server's record is no damage, and nothing is touched before someone decides.
+fn row_of(id: &VmId, entry: &Entry) -> Result<Row> {
+    let revision = entry.revision;
+    match VmRecord::decode(&entry.value) {
+        // Whatever is done to a VM is named from its record: this one would have it done to another.
+        Ok(record) if record.id != *id => {
+            let why = format!("VM record: it lies under {id} and says that it is {}", record.id);
+            Ok(Row::Unreadable { revision, why })
+        }
+        Ok(record) => Ok(Row::Known { revision, record: Arc::new(record) }),
+        Err(error) if error.kind() == Kind::Unsupported => Err(error.context(format!("VM {id}"))),
+        Err(error) => Ok(Row::Unreadable { revision, why: error.chain() }),
+    }
+}
+
+/// What a key is about. One that is about nothing that there is was never written by a server: it is told, and let be.
+fn understood<T>(meaning: Result<T>) -> Option<T> {
+    meaning
+        .inspect_err(|error| {
+            error!(
+                error = error.chain(),
+                "the store has a row that is nothing of this server's, and it stays; to remove it, stop the server and delete \
+                 it: sqlite3 state.db \"DELETE FROM kv WHERE key = …\""
+            );
+        })
+        .ok()
+}
+
+/// Whose each slot is. A claim that cannot be read keeps its slot taken, whether or not a VM says that it is its.
+async fn load_slots(store: &dyn StateStore, projection: &mut Projection) -> Result<()> {
     let listing = store.list("slots/").await?;
-    let mut slots = BTreeMap::new();
-    let mut orphans: Vec<String> = listing.unreadable.into_iter().map(|bad| bad.key).collect();
+    let mut unclear: Vec<String> = listing.unreadable.into_iter().map(|bad| bad.key).collect();
     for entry in listing.entries {
         match serde_json::from_slice::<Claim>(&entry.value) {
-            Ok(claim) => drop(slots.insert(slot_of(&entry.key)?, claim.vm)),
-            Err(_) => orphans.push(entry.key),
+            Ok(claim) => {
+                let slot = understood(slot_of(&entry.key));
+                slot.map(|slot| projection.slots.insert(slot, claim.vm));
+            }
+            Err(_) => unclear.push(entry.key),
         }
     }
-    for (id, row) in rows {
+    for (id, row) in &projection.rows {
         if let Row::Known { record, .. } = row {
-            slots.insert(record.slot, id.clone());
+            projection.slots.insert(record.slot, id.clone());
         }
     }
-    for key in orphans {
-        let slot = slot_of(&key)?;
-        if !slots.contains_key(&slot) {
-            return Err(Error::new(
-                Kind::Corrupt,
-                format!("store key {key:?}: cannot be read, and no VM says that it is its"),
-            )
-            .hint(
-                "restore the store from a backup, or delete that row with sqlite3 once nothing of the slot is left",
-            ));
+    for key in unclear {
+        let Some(slot) = understood(slot_of(&key)) else { continue };
+        if !projection.slots.contains_key(&slot) {
+            error!(key, "the claim on a slot cannot be read, and no VM says that it is its: it is given to nobody");
+            projection.lost_slots.insert(slot);
         }
     }
-    Ok(slots)
+    Ok(())
+}
+
+/// A newer server's rows are refused here as everywhere. What cannot be read at all is forgotten in time.
+async fn check_requests(store: &dyn StateStore) -> Result<()> {
+    for entry in store.list("requests/").await?.entries {
+        if let Err(error) = Request::check_version(&entry.value) {
+            return Err(error.context(format!("store key {:?}", entry.key)));
+        }
+    }
+    Ok(())
 }
 
 /// Names of VMs whose records cannot be read: they are found by them, and give them up when they are removed.

@@ -146,3 +146,105 @@ async fn a_machine_of_a_later_incarnation_is_a_stray_too() {
     // Not the contracts: the network is the record's, which has no machine any more, and goes before the stray does.
     assert_eq!(house.host.left_behind(), Vec::<String>::new());
 }
+
+/// A process in the machine's group that nobody can tell from its own: shown with the reason, and nothing is done to it.
+#[tokio::test(start_paused = true)]
+async fn a_stranger_in_its_group_quarantines_a_vm_until_it_leaves() {
+    let mut house = House::new().await;
+    let id = house.running("web").await;
+    let left = house.host.left_behind();
+    // Its VMM is there, elsewhere.
+    house.host.intrude(&id, true);
+    house.restart().await;
+    house.until(&id, Some(Phase::Quarantined)).await;
+    assert!(house.record(&id).quarantine.as_ref().unwrap().message.contains("another group"));
+    for error in [
+        refused(house.service().start(id.as_str(), "uid=0").await),
+        refused(house.service().stop(id.as_str(), clawpot_types::Millis(0), "uid=0").await),
+        refused(house.service().delete(id.as_str(), false, "uid=0").await),
+        refused(house.exec(&id, &["true"]).await),
+    ] {
+        assert_eq!(error.kind(), Kind::FailedPrecondition);
+        assert!(error.chain().contains("another group"), "{}", error.chain());
+        assert!(error.next_step().unwrap().contains("--force"), "{:?}", error.next_step());
+    }
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    assert_eq!(house.host.left_behind(), left, "nothing was touched");
+    // The same machine runs on.
+    house.host.intruders_leave();
+    house.until(&id, Some(Phase::Running)).await;
+    assert_eq!(house.record(&id).incarnation.0, 1);
+    house.exec(&id, &["true"]).await.unwrap();
+    let events = house.service().events(id.as_str(), clawpot_types::Revision(0), 0).await.unwrap();
+    let told: Vec<_> = events.iter().filter(|event| event.message.contains("quarantined")).collect();
+    assert_eq!(told.len(), 2, "{events:?}");
+    assert!(told[0].message.contains("another group"), "{}", told[0].message);
+    // Its VMM ends, and a stranger is where it was; then that one goes too.
+    house.host.intrude(&id, false);
+    house.host.kill_vmm(&id);
+    house.restart().await;
+    house.until(&id, Some(Phase::Quarantined)).await;
+    house.host.intruders_leave();
+    house.until(&id, Some(Phase::Failed)).await;
+    house.delete(&id).await;
+    house.check_empty();
+}
+
+#[tokio::test(start_paused = true)]
+async fn force_ends_strangers_too() {
+    let mut house = House::new().await;
+    for (name, moving) in [("died", false), ("moved", true)] {
+        let id = house.running(name).await;
+        house.host.intrude(&id, moving);
+        if !moving {
+            house.host.kill_vmm(&id);
+        }
+        house.restart().await;
+        house.until(&id, Some(Phase::Quarantined)).await;
+        // The daemon dies between the owner's word and the deed.
+        if moving {
+            house.faults.at(clawpot_testkit::Method::VmmStop, 1, clawpot_testkit::Injection::Error(Kind::Internal));
+            refused(house.service().delete(id.as_str(), true, "uid=0").await);
+            house.restart().await;
+            assert_eq!(house.phase(&id), Some(Phase::Quarantined));
+        }
+        house.host.give_up(&id);
+        house.service().delete(id.as_str(), true, "uid=0").await.unwrap();
+        house.until(&id, None).await;
+        house.check_empty();
+    }
+}
+
+/// Rows that no server ever wrote, in each of the places: told, kept, and in nobody's way.
+#[tokio::test(start_paused = true)]
+async fn rows_of_nobody_keep_no_server_from_starting() {
+    let mut house = House::with_slots(2).await;
+    let id = house.running("web").await;
+    let strange = ["vms/garbage", "slots/garbage", "names/gar bage", "requests/garbage"];
+    for key in strange {
+        house.store.scribble(key, b"{}");
+    }
+    house.store.damage("vms/garbage");
+    // A claim on a slot that nobody can read, and no VM says that it is its.
+    let lost = clawpot_types::Slot(1 - house.record(&id).slot.0);
+    house.store.scribble(&clawpot_control::records::slot_key(lost), b"7");
+    house.restart().await;
+    assert_eq!(house.phase(&id), Some(Phase::Running));
+    assert_eq!(house.service().records().count(), 1);
+    for key in strange.into_iter().filter(|key| !key.starts_with("requests/")) {
+        assert!(house.store.keys().contains(&key.to_owned()), "{key}");
+    }
+    let error = refused(house.try_create("next", &wanted("next")).await);
+    assert_eq!(error.kind(), Kind::Exhausted, "the lost slot is given to nobody: {}", error.chain());
+}
+
+/// As a newer server's record does: an older one would make a second VM of the same request, or forget it.
+#[tokio::test(start_paused = true)]
+async fn a_newer_servers_request_stops_the_older_server() {
+    let mut house = House::new().await;
+    house.store.scribble("requests/r-1", br#"{"version":999}"#);
+    let error = house.try_restart().await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert!(error.chain().contains("999") && error.chain().contains("requests/r-1"), "{}", error.chain());
+    assert!(house.store.keys().contains(&"requests/r-1".to_owned()));
+}

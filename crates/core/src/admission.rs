@@ -121,8 +121,7 @@ pub fn may_have_machine(record: &VmRecord) -> bool {
     match record.phase {
         Phase::Stopped => record.desired == Desired::Running,
         Phase::Failed => {
-            let asked = record.failure.as_ref().is_none_or(|failure| failure.generation < record.generation);
-            record.desired == Desired::Running && (asked || record.restart.at.is_some())
+            record.desired == Desired::Running && (record.asked_since_failure() || record.restart.at.is_some())
         }
         _ => true,
     }

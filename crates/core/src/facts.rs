@@ -61,6 +61,8 @@ pub enum VmmFact {
     Running { attached: bool },
     /// It ran and is gone.
     Exited { how: VmmEnd },
+    /// Something lives under its name that cannot be proven to be it: why, as one line. Nobody but its owner ends that.
+    Unproven { why: String },
 }
 
 /// How a VMM's process ended.

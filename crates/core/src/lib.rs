@@ -28,5 +28,5 @@ pub use facts::{Fact, Facts, GuestFact, LastWords, VmmEnd, VmmFact};
 pub use phase::Phase;
 pub use plan::{Next, Step, plan};
 pub use record::{
-    Desired, DiskSource, ExtraDisk, Failure, ImagePin, MachineId, Reach, Timing, VmRecord, VmSpec, VmmKind,
+    Desired, DiskSource, ExtraDisk, Failure, ImagePin, MachineId, Quarantine, Reach, Timing, VmRecord, VmSpec, VmmKind,
 };

@@ -9,10 +9,11 @@
 //!
 //! Stopped ─► Preparing ◄─ Failed  (start)       Running ⇄ Paused ─► Stopping      Sleeping ─► Running
 //! Failed ─► Stopping ─► Failed                  Paused ─► Failed                  Restoring: as Booting
-//! any ─► Deleting ─► (gone)                     Quarantined: no edge leads out
+//! any ─► Deleting ─► (gone)                     any ─► Quarantined ─► any
 //! ```
-//! Any: but Deleting and Quarantined themselves. Quarantined: the record cannot be read, or the machine's identity not be
-//! proven. `tests/phase_edges.rs` reads this drawing.
+//! Any: but Deleting and Quarantined themselves. Quarantined: the machine's identity cannot be proven; once it can, or nothing is
+//! left there, the VM is in the phase again that it came from. What has a record that cannot be read is shown as Quarantined
+//! too, and no edge leads out. `tests/phase_edges.rs` reads this drawing.
 //!
 //! `phase` changes only on an observed fact; what the owner wants is [`crate::Desired`].
 
@@ -91,8 +92,8 @@ impl Phase {
     pub const fn may_become(self, to: Self) -> bool {
         use Phase as P;
         match (self, to) {
-            (P::Quarantined, _) => false,
-            (P::Deleting, P::Deleting) => false,
+            (P::Quarantined, P::Quarantined) | (P::Deleting, P::Deleting) => false,
+            (P::Quarantined, _) | (_, P::Quarantined) => true,
             (_, P::Deleting) => true,
             (P::Accepted, P::Preparing | P::Stopping | P::Failed) => true,
             (P::Preparing, P::Booting | P::Restoring | P::Stopping | P::Failed) => true,

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Exit, Phase, Restart};
 
 /// Version of the record's JSON that this build writes. Newer is refused, older migrated.
-pub const RECORD_VERSION: u32 = 4;
+pub const RECORD_VERSION: u32 = 5;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmRecord {
@@ -48,6 +48,8 @@ pub struct VmRecord {
     pub timings: Vec<Timing>,
     /// The last failure, kept until the next start.
     pub failure: Option<Failure>,
+    /// In Quarantined, and only there: why, and where it came from.
+    pub quarantine: Option<Quarantine>,
     /// How the last incarnation that ended did so.
     pub exit: Option<Exit>,
     pub restart: Restart,
@@ -212,11 +214,42 @@ pub struct Failure {
     pub console_tail: Vec<String>,
 }
 
+/// A machine's identity could not be proven.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantine {
+    /// The phase that it goes back to.
+    pub from: Phase,
+    /// Which thing, doing what, why.
+    pub message: String,
+}
+
 impl VmRecord {
     /// The server's own: it has a disk that no client can ask for, as a build has. No later server has a use for it.
     #[must_use]
     pub fn is_servers(&self) -> bool {
         self.spec.extra_disks.iter().any(|disk| matches!(disk.source, DiskSource::File(_)))
+    }
+
+    /// In quarantine, where nothing is done to it. It stays under the deadlines that it had.
+    #[must_use]
+    pub fn quarantined(&self, message: String, now: Timestamp) -> Self {
+        let quarantine = Some(Quarantine { from: self.phase, message });
+        Self { phase: Phase::Quarantined, phase_since: now, quarantine, ..self.clone() }
+    }
+
+    /// Out of quarantine: where it was. One that is not in it stays as it is.
+    #[must_use]
+    pub fn released(&self, now: Timestamp) -> Self {
+        match &self.quarantine {
+            Some(Quarantine { from, .. }) => Self { phase: *from, phase_since: now, quarantine: None, ..self.clone() },
+            None => self.clone(),
+        }
+    }
+
+    /// Whether its owner has asked for a start since it failed.
+    #[must_use]
+    pub fn asked_since_failure(&self) -> bool {
+        self.failure.as_ref().is_none_or(|failure| failure.generation < self.generation)
     }
 
     #[must_use]
@@ -244,21 +277,31 @@ impl VmRecord {
             return Err(Error::new(Kind::Unsupported, what).hint("run the newer clawpot-server that wrote it"));
         }
         if head.version == RECORD_VERSION {
-            return serde_json::from_slice(bytes).map_err(corrupt);
+            let record: Self = serde_json::from_slice(bytes).map_err(corrupt)?;
+            return record.whole();
         }
         let mut fields: Fields = serde_json::from_slice(bytes).map_err(corrupt)?;
         let older = usize::try_from(head.version).ok().and_then(|version| MIGRATIONS.get(version.checked_sub(1)?..));
         let older = older.ok_or_else(|| Error::new(Kind::Corrupt, "VM record: version 0 was never written"))?;
         older.iter().for_each(|migrate| migrate(&mut fields));
         fields.insert("version".to_owned(), RECORD_VERSION.into());
-        serde_json::from_value(fields.into()).map_err(corrupt)
+        let record: Self = serde_json::from_value(fields.into()).map_err(corrupt)?;
+        record.whole()
+    }
+
+    /// What must go together does.
+    fn whole(self) -> Result<Self, Error> {
+        if (self.phase == Phase::Quarantined) == self.quarantine.is_some() {
+            return Ok(self);
+        }
+        Err(Error::new(Kind::Corrupt, format!("VM record: not readable: it is {}, and why is not", self.phase)))
     }
 }
 
 type Fields = serde_json::Map<String, serde_json::Value>;
 
 /// Entry n takes a record of version n + 1 to n + 2. Never edit one that was released.
-const MIGRATIONS: [fn(&mut Fields); 3] = [to_2, to_3, to_4];
+const MIGRATIONS: [fn(&mut Fields); 4] = [to_2, to_3, to_4, to_5];
 
 /// Version 2 knows who asked, how it ended, whether it is started again, and how long it lives.
 fn to_2(fields: &mut Fields) {
@@ -282,4 +325,9 @@ fn to_4(fields: &mut Fields) {
     if let Some(spec) = fields.get_mut("spec").and_then(serde_json::Value::as_object_mut) {
         spec.insert("reach".to_owned(), "default".into());
     }
+}
+
+/// Version 5 knows why a VM is quarantined. No older one was ever written in that phase.
+fn to_5(fields: &mut Fields) {
+    fields.insert("quarantine".to_owned(), serde_json::Value::Null);
 }

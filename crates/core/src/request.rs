@@ -7,20 +7,22 @@ pub enum Request {
     Start,
     Stop,
     Delete,
+    /// As delete, out of quarantine too.
+    Force,
     Exec,
     /// Sets the time to live.
     Keep,
 }
 
 impl Request {
-    pub const ALL: [Self; 5] = [Self::Start, Self::Stop, Self::Delete, Self::Exec, Self::Keep];
+    pub const ALL: [Self; 6] = [Self::Start, Self::Stop, Self::Delete, Self::Force, Self::Exec, Self::Keep];
 
     #[must_use]
     pub const fn verb(self) -> &'static str {
         match self {
             Self::Start => "start",
             Self::Stop => "stop",
-            Self::Delete => "delete",
+            Self::Delete | Self::Force => "delete",
             Self::Exec => "run a command in",
             Self::Keep => "set the time to live of",
         }
@@ -42,6 +44,8 @@ pub enum Answer {
 pub const fn answer(request: Request, phase: Phase, desired: Desired) -> Answer {
     use Phase as P;
     match (request, phase, desired) {
+        (Request::Force, _, Desired::Deleted) => Answer::Ignore,
+        (Request::Force, _, _) => Answer::Accept,
         (Request::Delete, P::Quarantined, _) => Answer::Deny("it is quarantined; delete it with --force"),
         (_, P::Quarantined, _) => Answer::Deny("it is quarantined: its record or identity cannot be trusted"),
         (Request::Delete, _, Desired::Deleted) => Answer::Ignore,

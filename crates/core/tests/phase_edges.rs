@@ -159,6 +159,12 @@ fn drawn() -> Edges {
         let sources = Phase::ALL.into_iter().map(name).filter(|from| *from != to && from != "Quarantined");
         edges.extend(sources.map(|from| (from, to.clone())));
     }
+    let every: Vec<(String, String)> = edges.iter().filter(|(_, to)| to == "any").cloned().collect();
+    for (from, any) in every {
+        edges.remove(&(from.clone(), any));
+        let goals = Phase::ALL.into_iter().map(name).filter(|to| *to != from);
+        edges.extend(goals.map(|to| (from.clone(), to)));
+    }
     edges
 }
 

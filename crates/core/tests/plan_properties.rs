@@ -74,6 +74,7 @@ fn event() -> impl Strategy<Value = Event> {
         2 => kind().prop_map(|(kind, retry)| Event::StepFails(kind, retry)),
         2 => kind().prop_map(|(kind, retry)| Event::AnswerLost(kind, retry)),
         3 => look.prop_map(Event::Blind),
+        2 => (1u32..5).prop_map(Event::Doubted),
         1 => Just(Event::GuestGoesSilent),
         1 => Just(Event::GuestIgnoresShutdown),
         1 => Just(Event::DiskIsLost),
@@ -158,6 +159,21 @@ proptest! {
                 prop_assert_eq!(&decide(&seen), &next, "{:?} decided what {:?} leaves open", seen, blind);
             }
         }
+    }
+
+    #[test]
+    fn what_is_not_proven_is_let_be(record in record(), facts in facts(), late: bool) {
+        let now = if late { Timestamp(support::START.0 + 1_000_000_000) } else { support::START };
+        let why = "a stranger".to_owned();
+        let facts = Facts { vmm: Fact::Present(VmmFact::Unproven { why: why.clone() }), ..facts };
+        prop_assert_eq!(plan(&record, &facts, now, &Default::default()), Next::Quarantine { why: why.clone() });
+        let quarantined = record.quarantined(why, now);
+        let next = plan(&quarantined, &facts, now, &Default::default());
+        prop_assert!(matches!(next, Next::Wait { until: Some(until) } if until > now), "{:?}", next);
+        let known = Facts { vmm: Fact::Absent, ..facts };
+        prop_assert_eq!(plan(&quarantined, &known, now, &Default::default()), Next::Release);
+        let released = VmRecord { phase_since: record.phase_since, ..quarantined.released(now) };
+        prop_assert_eq!(released, record);
     }
 
     #[test]
@@ -459,11 +475,36 @@ fn a_step_that_always_fails_leaves_nothing_behind() {
 fn a_quarantined_vm_is_left_alone() {
     for desired in Desired::ALL {
         let mut world = running();
-        let record = world.record.as_mut().unwrap();
-        record.phase = Phase::Quarantined;
-        record.desired = desired;
-        assert_eq!(world.plan(), Next::Wait { until: None });
+        world.happen(Event::Doubted(u32::MAX));
+        world.turn();
+        assert_eq!(world.record().phase, Phase::Quarantined);
+        world.record.as_mut().unwrap().desired = desired;
+        assert!(matches!(world.plan(), Next::Wait { until: Some(_) }), "{:?}", world.plan());
     }
+}
+
+/// Whatever it was doing, it goes on where it was once its machine is known again.
+#[test]
+fn a_doubt_at_any_moment_changes_nothing() {
+    for (name, mut start, request, _) in scenarios() {
+        request.into_iter().for_each(|request| start.happen(Event::Asked(request)));
+        let expected = start.clone().settle();
+        for (turn, (_, rest)) in at_every_turn(&start, Event::Doubted(3)).iter().enumerate() {
+            assert_eq!(*rest, expected, "{name}, doubted at turn {turn}");
+        }
+    }
+}
+
+/// Its failure is kept, so that a failed VM does not take itself for one that was asked for again.
+#[test]
+fn a_failed_vm_is_failed_again_after_quarantine() {
+    let mut world = running();
+    world.happen(Event::VmmDies);
+    world.turn();
+    world.happen(Event::Doubted(2));
+    let rest = world.settle();
+    check(&world, &rest);
+    assert_eq!(rest.phase, Some(Phase::Failed));
 }
 
 fn with_policy(policy: RestartPolicy) -> World {

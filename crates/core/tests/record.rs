@@ -100,6 +100,12 @@ fn version_3_is_read() {
     assert_eq!(VmRecord::decode(include_bytes!("fixtures/record-3.json")).unwrap(), full());
 }
 
+/// Version 4, likewise.
+#[test]
+fn version_4_is_read() {
+    assert_eq!(VmRecord::decode(include_bytes!("fixtures/record-4.json")).unwrap(), full());
+}
+
 #[test]
 fn every_older_version_has_its_migration() {
     for version in 1..RECORD_VERSION {
@@ -119,6 +125,19 @@ fn a_newer_one_is_refused_whatever_it_holds() {
         assert_eq!(error.kind(), Kind::Unsupported);
         assert!(error.chain().contains("newer than this server's"), "{}", error.chain());
         assert!(error.next_step().unwrap().contains("newer"), "{:?}", error.next_step());
+    }
+}
+
+/// Why, and where from, is there in quarantine and only there.
+#[test]
+fn a_quarantined_one_says_why() {
+    let record = full();
+    let quarantined = record.quarantined("a stranger is in its cgroup".to_owned(), record.phase_since);
+    assert_eq!(VmRecord::decode(&quarantined.encode().unwrap()).unwrap(), quarantined);
+    assert_eq!(quarantined.released(record.phase_since), record);
+    for (phase, quarantine) in [(Phase::Quarantined, None), (Phase::Running, quarantined.quarantine.clone())] {
+        let error = VmRecord::decode(&VmRecord { phase, quarantine, ..record.clone() }.encode().unwrap()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Corrupt);
     }
 }
 

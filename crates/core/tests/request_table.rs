@@ -24,9 +24,10 @@ fn the_table_is_this() {
 }
 
 #[test]
-fn delete_is_never_refused_but_in_quarantine() {
+fn delete_is_never_refused_but_in_quarantine_and_by_force_never() {
     for (phase, desired) in Phase::ALL.into_iter().flat_map(|phase| Desired::ALL.map(|desired| (phase, desired))) {
         let refused = matches!(answer(Request::Delete, phase, desired), Answer::Deny(_));
         assert_eq!(refused, phase == Phase::Quarantined, "{phase}, {desired:?} wanted");
+        assert!(!matches!(answer(Request::Force, phase, desired), Answer::Deny(_)), "{phase}, {desired:?} wanted");
     }
 }

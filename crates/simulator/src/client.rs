@@ -26,7 +26,8 @@ pub async fn act(world: Arc<World>, operation: Operation, number: u64) {
         Operation::Keep(target, life) => keep(&world, &target, life.map(Millis)).await,
         Operation::Start(target) => start(&world, &target).await,
         Operation::Stop(target, grace) => stop(&world, &target, Millis(grace)).await,
-        Operation::Delete(target) => delete(&world, &target).await,
+        Operation::Delete(target) => delete(&world, &target, false).await,
+        Operation::Force(target) => delete(&world, &target, true).await,
         Operation::Exec(target, program, leaves) => {
             let word = target_word(&world, &target);
             let running = exec(&world, &word, &program, number);
@@ -117,9 +118,14 @@ async fn keep(world: &World, target: &Target, life: Option<Millis>) {
     }
 }
 
-async fn delete(world: &World, target: &Target) {
+async fn delete(world: &World, target: &Target, force: bool) {
     let word = target_word(world, target);
-    let answer = insist(world, async |service| service.delete(&word, false, ACTOR).await.map(|id| (id, Revision(0))));
+    let answer = insist(world, async |service| {
+        if force && let Ok(id) = service.records().find(&word) {
+            world.host.give_up(&id);
+        }
+        service.delete(&word, force, ACTOR).await.map(|id| (id, Revision(0)))
+    });
     told(world, "delete", answer.await, Desired::Deleted);
 }
 

@@ -80,6 +80,7 @@ impl StateStore for SimStore {
     }
 
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome> {
+        self.oracle.asked(&txn);
         self.line.call(Method::StoreTxn, || self.commit(txn)).await
     }
 

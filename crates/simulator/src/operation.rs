@@ -63,12 +63,17 @@ pub enum Operation {
     DiskFull(Duration),
     Guests(Boot),
     Shutdowns(Shutdown),
+    /// As delete, whatever cannot be proven.
+    Force(Target),
+    /// Somebody puts a process into a machine's group, or moves its own out of it.
+    Intrude(u64, bool),
+    IntrudersLeave,
 }
 
 /// Which operations a run has, and how often.
 #[derive(Clone, Debug)]
 pub struct Mixture {
-    weights: [u64; 20],
+    weights: [u64; 23],
     /// Longest gap between two operations.
     gap: Duration,
     requests: u64,
@@ -78,7 +83,7 @@ impl Mixture {
     /// Some kinds are left out of each run. `calm`: nothing befalls host and guests.
     #[must_use]
     pub fn drawn(chance: &mut Chance, calm: bool) -> Self {
-        let mut weights = [30, 12, 12, 14, 24, 6, 4, 6, 4, 5, 4, 2, 1, 3, 1, 1, 2, 1, 3, 2];
+        let mut weights = [30, 12, 12, 14, 24, 6, 4, 6, 4, 5, 4, 2, 1, 3, 1, 1, 2, 1, 3, 2, 2, 6, 3];
         for (index, weight) in weights.iter_mut().enumerate() {
             let befalls = index >= 9;
             if (befalls && calm) || (index > 0 && index != 3 && chance.one_in(5)) {
@@ -123,7 +128,10 @@ impl Mixture {
             16 => jump(chance),
             17 => Operation::DiskFull(Duration::from_millis(chance.between(1, 20_000))),
             18 => Operation::Guests(boot(chance)),
-            _ => Operation::Shutdowns(shutdown(chance)),
+            19 => Operation::Shutdowns(shutdown(chance)),
+            20 => Operation::Force(target(chance)),
+            21 => Operation::Intrude(chance.draw(), chance.one_in(2)),
+            _ => Operation::IntrudersLeave,
         }
     }
 

@@ -14,7 +14,7 @@ use clawpot_types::{Revision, VmId};
 use tokio::time::Instant;
 
 use crate::trace::{Thing, Trace};
-use crate::weather::Weather;
+use crate::weather::{Commit, Weather};
 
 /// A delete is acted on within this, where nothing goes wrong meanwhile (DESIGN §4).
 const ACTED_ON: Duration = Duration::from_millis(100);
@@ -44,6 +44,7 @@ struct State {
     forgotten: BTreeSet<(String, VmId)>,
     deletes: BTreeMap<VmId, Instant>,
     deletes_checked: u64,
+    quarantined: u64,
     broken: Vec<String>,
     /// MiB that VMs may hold in all.
     memory: u64,
@@ -101,6 +102,12 @@ impl Oracle {
         self.lock().deletes_checked
     }
 
+    /// How often a VM came into quarantine.
+    #[must_use]
+    pub fn quarantined(&self) -> u64 {
+        self.lock().quarantined
+    }
+
     /// A client was told that its create made `vm`.
     pub fn created(&self, request: &str, vm: &VmId) {
         let state = self.lock();
@@ -129,6 +136,16 @@ impl Oracle {
         if let Some(why) = wrong {
             self.broken(format!("VM {vm}: {desired:?} was acknowledged at revision {revision}, and {why}"));
         }
+    }
+
+    /// A daemon asks the store for this commit.
+    pub fn asked(&self, txn: &Txn) {
+        let key = txn.ops.iter().find_map(|op| match op {
+            Op::Put { key, .. } => key.strip_prefix("vms/"),
+            Op::Delete { .. } => None,
+        });
+        let before = key.and_then(|id| self.lock().vms.get(&id.parse().ok()?).map(|seen| seen.record.clone()));
+        self.weather.comes(Commit::of(txn, before.as_ref()));
     }
 
     /// The store has made this commit.
@@ -186,10 +203,17 @@ impl Oracle {
                 if before.phase != record.phase && !told(txn, &id, "vm.phase") {
                     wrong.push(format!("VM {id} became {} and no event says so", record.phase));
                 }
-                if before.phase == Phase::Stopping || record.phase == Phase::Preparing && before.phase != record.phase {
+                let released = before.phase == Phase::Quarantined;
+                let begins = record.phase == Phase::Preparing && before.phase != record.phase && !released;
+                if before.phase == Phase::Stopping || begins {
                     wrong.extend(self.untrue(&record).map(|what| format!("VM {id} became {}: {what}", record.phase)));
                 }
             }
+        }
+        if record.phase == Phase::Quarantined {
+            // Until somebody has looked after it.
+            state.deletes.remove(&id);
+            state.quarantined += 1;
         }
         if record.phase == Phase::Deleting {
             self.acted_on(state, &id, wrong);
@@ -328,7 +352,11 @@ fn change(before: &VmRecord, after: &VmRecord) -> Option<String> {
         let intents = format!("{:?} → {:?}", before.desired, after.desired);
         return Some(format!("{intents} at generation {} → {}", before.generation, after.generation));
     }
-    let boots = edge && after.phase == Phase::Preparing;
+    let released = before.quarantine.as_ref().is_some_and(|quarantine| after.phase == quarantine.from);
+    if edge && before.phase == Phase::Quarantined && !released {
+        return Some(format!("out of {:?} it became {}", before.quarantine, after.phase));
+    }
+    let boots = edge && after.phase == Phase::Preparing && !released;
     if (after.incarnation != before.incarnation) != boots || after.incarnation < before.incarnation {
         return Some(format!(
             "{} → {}: incarnation {} → {}",

@@ -15,7 +15,7 @@ use crate::disk::Disk;
 use crate::operation::{Mixture, Operation, Program};
 use crate::planted::Planted;
 use crate::trace::{Thing, Trace};
-use crate::weather::{Climate, Failpoint};
+use crate::weather::{Climate, Commit, Failpoint};
 use crate::world::World;
 use crate::{check, client};
 
@@ -55,8 +55,11 @@ pub struct Report {
     /// VMs that there were.
     pub vms: u64,
     pub reached: BTreeMap<(Method, Failpoint), u64>,
+    pub reached_commits: BTreeMap<(Commit, Failpoint), u64>,
     /// Deletes that were held to their time: nothing went wrong meanwhile.
     pub deletes_checked: u64,
+    /// How often a VM came into quarantine.
+    pub quarantined: u64,
     /// What was wrong.
     pub wrong: Option<String>,
     pub trace: Vec<String>,
@@ -112,7 +115,9 @@ async fn simulate(setup: &Setup) -> Report {
         crashes: world.crashes.load(Ordering::SeqCst),
         vms: u64::try_from(world.oracle.known().len()).unwrap_or(0),
         reached: world.weather.reached(),
+        reached_commits: world.weather.reached_commits(),
         deletes_checked: world.oracle.deletes_checked(),
+        quarantined: world.oracle.quarantined(),
         wrong: outcome.err(),
         trace: trace.lines(),
     }
@@ -261,6 +266,14 @@ fn befall(world: &Arc<World>, operation: &Operation, vms: u64) -> bool {
             world.host.silence_guest(&vm);
             true
         }),
+        Operation::Intrude(number, moving) => nth(*number).is_some_and(|vm| {
+            world.host.intrude(&vm, *moving);
+            true
+        }),
+        Operation::IntrudersLeave => {
+            world.host.intruders_leave();
+            true
+        }
         Operation::KillDaemon => {
             world.kill_daemon();
             true

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use clawpot_core::ports::{Op, Txn};
+use clawpot_core::{Phase, VmRecord};
 use clawpot_testkit::{Director, Injection, Method};
 use clawpot_types::Kind;
 use tokio::time::Instant;
@@ -47,22 +49,83 @@ pub fn failpoints() -> Vec<(Method, Failpoint)> {
         .collect()
 }
 
+/// Commits at which something can go wrong in a way of its own, beside every other: policies and admission act by them alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Commit {
+    /// Admitted, and promised what its machine will hold.
+    Create,
+    /// Likewise.
+    Start,
+    /// Another time to live.
+    Life,
+    /// The time to live is over.
+    Expiry,
+    /// It ended, and its policy will start it again.
+    RestartPlanned,
+    /// Its policy starts it again.
+    RestartBegun,
+    Quarantine,
+    Release,
+}
+
+impl Commit {
+    pub const ALL: [Self; 8] = [
+        Self::Create,
+        Self::Start,
+        Self::Life,
+        Self::Expiry,
+        Self::RestartPlanned,
+        Self::RestartBegun,
+        Self::Quarantine,
+        Self::Release,
+    ];
+
+    /// What `txn` is; `before`: its VM's record as it is.
+    #[must_use]
+    pub fn of(txn: &Txn, before: Option<&VmRecord>) -> Option<Self> {
+        let after = txn.ops.iter().find_map(|op| match op {
+            Op::Put { key, value } if key.starts_with("vms/") => VmRecord::decode(value).ok(),
+            _ => None,
+        })?;
+        let Some(before) = before else { return Some(Self::Create) };
+        let told = |kind: &str| txn.events.iter().any(|event| event.kind == kind);
+        match (before.restart.at, after.restart.at) {
+            _ if told("vm.start") => Some(Self::Start),
+            _ if told("vm.ttl") => Some(Self::Life),
+            _ if told("vm.expire") => Some(Self::Expiry),
+            _ if after.quarantine.is_some() => Some(Self::Quarantine),
+            _ if before.quarantine.is_some() => Some(Self::Release),
+            (None, Some(_)) => Some(Self::RestartPlanned),
+            (Some(_), None) if after.phase == Phase::Preparing => Some(Self::RestartBegun),
+            _ => None,
+        }
+    }
+}
+
+/// Each of those, in each way.
+#[must_use]
+pub fn commits() -> Vec<(Commit, Failpoint)> {
+    Commit::ALL.into_iter().flat_map(|commit| Failpoint::ALL.map(|at| (commit, at))).collect()
+}
+
 /// How often something goes wrong, per 10,000 calls.
 #[derive(Clone, Debug)]
 pub struct Climate {
     rates: [u64; 6],
     /// One method that goes wrong more often than the others, and how often.
     focus: Option<(Method, u64)>,
+    /// Likewise one commit.
+    commit: Option<(Commit, u64)>,
     /// Longest delay.
     slowest: Duration,
 }
 
 impl Climate {
-    pub const CALM: Self = Self { rates: [0; 6], focus: None, slowest: Duration::ZERO };
+    pub const CALM: Self = Self { rates: [0; 6], focus: None, commit: None, slowest: Duration::ZERO };
 
     #[must_use]
     pub fn is_calm(&self) -> bool {
-        self.rates == [0; 6] && self.focus.is_none()
+        self.rates == [0; 6] && self.focus.is_none() && self.commit.is_none()
     }
 
     /// A different mixture each time: a run in which everything fails finds less than runs in which some things do.
@@ -83,7 +146,12 @@ impl Climate {
             None
         };
         let slowest = *chance.pick(&[50, 1_000, 30_000, 300_000]).unwrap_or(&50);
-        Self { rates, focus, slowest: Duration::from_millis(slowest) }
+        let commit = if chance.one_in(3) {
+            chance.pick(&Commit::ALL).map(|commit| (*commit, *chance.pick(&[500, 2000, 6000]).unwrap_or(&500)))
+        } else {
+            None
+        };
+        Self { rates, focus, commit, slowest: Duration::from_millis(slowest) }
     }
 }
 
@@ -100,6 +168,9 @@ struct State {
     chance: Chance,
     climate: Climate,
     reached: BTreeMap<(Method, Failpoint), u64>,
+    reached_commits: BTreeMap<(Commit, Failpoint), u64>,
+    /// What the next transaction is.
+    coming: Option<Commit>,
     calls: u64,
     /// Calls at one instant of virtual time.
     spinning: (Option<Instant>, u64),
@@ -120,6 +191,8 @@ impl Weather {
             chance: Chance::new(seed, 3),
             climate: Climate::CALM,
             reached: BTreeMap::new(),
+            reached_commits: BTreeMap::new(),
+            coming: None,
             calls: 0,
             spinning: (None, 0),
             rough_until: None,
@@ -164,6 +237,16 @@ impl Weather {
     }
 
     #[must_use]
+    pub fn reached_commits(&self) -> BTreeMap<(Commit, Failpoint), u64> {
+        self.lock().reached_commits.clone()
+    }
+
+    /// What the transaction is that is asked for now.
+    pub fn comes(&self, commit: Option<Commit>) {
+        self.lock().coming = commit;
+    }
+
+    #[must_use]
     pub fn calls(&self) -> u64 {
         self.lock().calls
     }
@@ -183,8 +266,14 @@ impl State {
         self.rough_until = Some(self.rough_until.map_or(until, |known| known.max(until)));
     }
 
-    fn drawn(&mut self, method: Method) -> Option<Failpoint> {
+    fn drawn(&mut self, method: Method, commit: Option<Commit>) -> Option<Failpoint> {
         let possible = |at: &Failpoint| at.is_of(method);
+        if let Some((focus, rate)) = self.climate.commit
+            && Some(focus) == commit
+            && self.chance.below(10_000) < rate
+        {
+            return self.chance.pick(&Failpoint::ALL).copied();
+        }
         if let Some((focus, rate)) = self.climate.focus
             && focus == method
             && self.chance.below(10_000) < rate
@@ -232,7 +321,11 @@ impl Director for Weather {
     fn decide(&self, method: Method) -> Option<Injection> {
         let mut state = self.lock();
         state.count_call();
-        let at = state.drawn(method)?;
+        let commit = if method == Method::StoreTxn { state.coming.take() } else { None };
+        let at = state.drawn(method, commit)?;
+        if let Some(commit) = commit {
+            *state.reached_commits.entry((commit, at)).or_default() += 1;
+        }
         let injection = state.injection(at);
         *state.reached.entry((method, at)).or_default() += 1;
         state.disturb(match injection {

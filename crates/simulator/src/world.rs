@@ -226,6 +226,7 @@ impl World {
         self.full.store(false, Ordering::SeqCst);
         self.host.set_boot(GOOD_BOOT);
         self.host.set_shutdown(GOOD_SHUTDOWN);
+        self.host.intruders_leave();
         let answering = self.host.answering();
         for machine in self.host.living().into_iter().filter(|machine| !answering.contains(machine)) {
             self.host.kill_vmm(&machine.vm);

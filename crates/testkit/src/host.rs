@@ -56,6 +56,8 @@ pub(crate) struct Inventory {
     pub(crate) slots: BTreeSet<Slot>,
     pub(crate) machines: BTreeMap<MachineId, FakeMachine>,
     pub(crate) consoles: BTreeMap<VmId, Vec<String>>,
+    /// Their owner said that they go, whoever they are.
+    pub(crate) given_up: BTreeSet<VmId>,
     pub(crate) violations: Vec<String>,
     pub(crate) disks_made: u64,
 }
@@ -73,6 +75,20 @@ pub(crate) struct FakeMachine {
     pub(crate) slot: Slot,
     pub(crate) process: FakeProcess,
     pub(crate) execs: BTreeMap<ExecId, FakeExec>,
+    /// Somebody else's process is in its group.
+    pub(crate) stranger: bool,
+    /// Its process was moved out of its group.
+    pub(crate) moved: bool,
+}
+
+impl FakeMachine {
+    /// Why its process cannot be proven to be its own.
+    pub(crate) fn unproven(&self) -> Option<&'static str> {
+        match self.process {
+            FakeProcess::Lives { .. } => self.moved.then_some("its process is in another group"),
+            _ => self.stranger.then_some("its process has ended, and another is in its group"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,6 +133,7 @@ impl FakeHost {
             slots: BTreeSet::new(),
             machines: BTreeMap::new(),
             consoles: BTreeMap::new(),
+            given_up: BTreeSet::new(),
             violations: Vec::new(),
             disks_made: 0,
         };
@@ -155,6 +172,7 @@ impl FakeHost {
             inventory.slots.clear();
             inventory.images.values_mut().for_each(|(_, verified)| *verified = false);
             for machine in inventory.machines.values_mut() {
+                (machine.stranger, machine.moved) = (false, false);
                 if machine.process != FakeProcess::NotStarted {
                     machine.process = FakeProcess::Exited(VmmEnd::Unseen("the host was restarted".to_owned()));
                 }
@@ -175,6 +193,32 @@ impl FakeHost {
     /// The guest's kernel gives up; whether there was one.
     pub fn panic_guest(&self, vm: &VmId) -> bool {
         self.end_vmm(vm, &VmmEnd::Code(0), Some("[    1.000000] Kernel panic - not syncing: it was told to"))
+    }
+
+    /// Somebody puts a process of their own into the group of the VM's machine; with `moving` they move the VMM out of it instead.
+    pub fn intrude(&self, vm: &VmId, moving: bool) {
+        self.change(|inventory| {
+            for (id, machine) in &mut inventory.machines {
+                if id.vm == *vm && matches!(machine.process, FakeProcess::Lives { .. }) {
+                    machine.stranger |= !moving;
+                    machine.moved |= moving;
+                }
+            }
+        });
+    }
+
+    /// All who intruded leave, and what they moved is where it was.
+    pub fn intruders_leave(&self) {
+        self.change(|inventory| {
+            for machine in inventory.machines.values_mut() {
+                (machine.stranger, machine.moved) = (false, false);
+            }
+        });
+    }
+
+    /// From now on strangers among the VM's processes may be ended too.
+    pub fn give_up(&self, vm: &VmId) {
+        self.change(|inventory| inventory.given_up.insert(vm.clone()));
     }
 
     /// Nobody can tell any more how a process ended: it was the last daemon's child.

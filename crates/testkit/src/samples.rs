@@ -47,6 +47,7 @@ pub fn record(n: u8) -> VmRecord {
         created_at: crate::time::START,
         timings: Vec::new(),
         failure: None,
+        quarantine: None,
         remove_when_done: false,
         stop_grace: Millis(5_000),
         intent_by: "uid=1000".to_owned(),

@@ -20,13 +20,19 @@ pub struct FakeVmm {
     host: Arc<FakeHost>,
     line: Line,
     attached: Mutex<BTreeSet<MachineId>>,
+    /// Those of which the last look said that they are not provably their own.
+    doubted: Mutex<BTreeSet<MachineId>>,
 }
 
 impl FakeVmm {
     /// Of the daemon that lives now.
     #[must_use]
     pub fn new(host: &Arc<FakeHost>) -> Self {
-        Self { host: Arc::clone(host), line: host.faults.line(), attached: Mutex::default() }
+        Self { host: Arc::clone(host), line: host.faults.line(), attached: Mutex::default(), doubted: Mutex::default() }
+    }
+
+    fn doubted(&self) -> std::sync::MutexGuard<'_, BTreeSet<MachineId>> {
+        self.doubted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn attached(&self) -> std::sync::MutexGuard<'_, BTreeSet<MachineId>> {
@@ -71,7 +77,12 @@ impl Vmm for FakeVmm {
 
     async fn inspect(&self, id: &MachineId) -> Fact<VmmFact> {
         let work = || {
+            self.doubted().remove(id);
             Ok(self.host.lock().machines.get(id).map(|machine| match &machine.process {
+                _ if machine.unproven().is_some() => {
+                    self.doubted().insert(id.clone());
+                    VmmFact::Unproven { why: machine.unproven().unwrap_or_default().to_owned() }
+                }
                 FakeProcess::NotStarted => VmmFact::Prepared,
                 FakeProcess::Lives { .. } => VmmFact::Running { attached: self.attached().contains(id) },
                 FakeProcess::Exited(how) => VmmFact::Exited { how: how.clone() },
@@ -82,7 +93,10 @@ impl Vmm for FakeVmm {
 
     async fn exited(&self, id: &MachineId) {
         let lives = |inventory: &Inventory| {
-            matches!(inventory.machines.get(id).map(|machine| &machine.process), Some(FakeProcess::Lives { .. }))
+            inventory
+                .machines
+                .get(id)
+                .is_some_and(|machine| machine.stranger || matches!(machine.process, FakeProcess::Lives { .. }))
         };
         self.host.wait_for(|inventory| (!lives(inventory)).then_some(())).await;
     }
@@ -90,10 +104,14 @@ impl Vmm for FakeVmm {
     async fn stop(&self, id: &MachineId) -> Result<()> {
         let work = || {
             self.host.change(|inventory| {
-                if let Some(machine) = inventory.machines.get_mut(id)
-                    && matches!(machine.process, FakeProcess::Lives { .. })
-                {
-                    machine.process = FakeProcess::Exited(VmmEnd::Signal(9));
+                if self.doubted().contains(id) && !inventory.given_up.contains(&id.vm) {
+                    inventory.violation(format!("machine {id} was killed, and nobody knew whose it was"));
+                }
+                if let Some(machine) = inventory.machines.get_mut(id) {
+                    machine.stranger = false;
+                    if matches!(machine.process, FakeProcess::Lives { .. }) {
+                        machine.process = FakeProcess::Exited(VmmEnd::Signal(9));
+                    }
                 }
             });
             Ok(())
@@ -108,6 +126,12 @@ impl Vmm for FakeVmm {
                 if matches!(process, Some(FakeProcess::Lives { .. })) {
                     inventory.violation(format!("machine {id} was destroyed while its VMM lived"));
                     return Err(Error::new(Kind::FailedPrecondition, format!("machine {id}: its VMM lives")));
+                }
+                if inventory.machines.get(id).is_some_and(|machine| machine.stranger) {
+                    return Err(Error::new(
+                        Kind::FailedPrecondition,
+                        format!("machine {id}: a process is in its group"),
+                    ));
                 }
                 inventory.machines.remove(id);
                 Ok(())
@@ -147,7 +171,13 @@ fn prepare(inventory: &mut Inventory, machine: &Machine) -> Result<()> {
         let what = format!("machines {other} and {id} share slot {slot}");
         inventory.violation(what);
     }
-    let new = || FakeMachine { slot, process: FakeProcess::NotStarted, execs: BTreeMap::new() };
+    let new = || FakeMachine {
+        slot,
+        process: FakeProcess::NotStarted,
+        execs: BTreeMap::new(),
+        stranger: false,
+        moved: false,
+    };
     inventory.machines.entry(id.clone()).or_insert_with(new);
     Ok(())
 }

@@ -55,6 +55,7 @@ impl Runner {
         while !*self.leaving.borrow() {
             let Some(Row::Known { revision, record }) = self.records.get(&self.id) else { break };
             let facts = self.look(&record).await;
+            self.lives.set_bare(&record.id, facts.vmm.is_absent());
             self.tell_unknown(&record, &facts, &mut told);
             match self.turn(revision, &record, &facts).await {
                 // The same step for the same facts of the same record: what it did is not to be seen yet.
@@ -74,6 +75,9 @@ impl Runner {
                 }
                 Turn::Over => break,
             }
+        }
+        if self.records.get(&self.id).is_none() {
+            self.lives.leave(&self.id);
         }
     }
 
@@ -97,6 +101,8 @@ impl Runner {
             Next::Wait { until } => return Turn::Rest(until),
             Next::Become { phase, limit } => self.become_phase(revision, record, phase, limit).await,
             Next::End { why } => self.end(revision, record, &why).await,
+            Next::Quarantine { why } => self.quarantine(revision, record, why).await,
+            Next::Release => self.release(revision, record).await,
             Next::Expire => self.expire(revision, record).await,
             Next::Remove => self.remove(revision, record).await,
             Next::Forget => match self.forget(revision, record).await {

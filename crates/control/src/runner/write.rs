@@ -105,6 +105,21 @@ impl Runner {
         }
     }
 
+    /// Its machine cannot be told from somebody else's.
+    pub(super) async fn quarantine(&self, revision: Revision, record: &VmRecord, why: String) -> Result<()> {
+        let next = record.quarantined(why.clone(), self.deps.clock.now());
+        error!(vm = %self.id, name = %record.name, during = %record.phase, why, "VM quarantined: nothing is done to it");
+        let message = format!("{} → {}: {why}", record.phase, next.phase);
+        self.write(revision, record, next, Durability::Normal, message).await
+    }
+
+    /// Its machine can be told again, or nothing is left where it was.
+    pub(super) async fn release(&self, revision: Revision, record: &VmRecord) -> Result<()> {
+        let next = record.released(self.deps.clock.now());
+        let message = format!("{} → {}: what is its own is known again", record.phase, next.phase);
+        self.write(revision, record, next, Durability::Normal, message).await
+    }
+
     /// Its time to live is over. The intent changes, the phase does not: as if its owner had asked.
     pub(super) async fn expire(&self, revision: Revision, record: &VmRecord) -> Result<()> {
         let next = record.expired(self.deps.clock.now());
@@ -127,7 +142,6 @@ impl Runner {
         }
         failpoint::reached(Point::Forgotten);
         info!(vm = %record.id, name = %record.name, "gone");
-        self.lives.leave(&record.id);
         Ok(true)
     }
 

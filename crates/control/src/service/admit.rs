@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use clawpot_core::VmRecord;
 use clawpot_core::admission::{Budgets, Claim, may_have_machine};
+use clawpot_core::{Phase, VmRecord};
 use clawpot_types::{MiB, Result, VmId, VolumeName};
 
 use super::Service;
@@ -40,17 +40,17 @@ impl Service {
         Ok(Budgets::new(&self.deps.settings.admission, &room, self.deps.net.slots(), self.held(&promised, None)))
     }
 
-    /// Promises the machine of `record` what it will hold. `Exhausted` names what there is too little of.
-    pub(super) async fn admit(&self, record: &VmRecord, doing: &str) -> Result<Promise> {
+    /// Promises the machine of `record` what it will hold, if there is what it `asked` for beyond what it holds already.
+    /// `Exhausted` names what there is too little of.
+    pub(super) async fn admit(&self, record: &VmRecord, asked: Claim, doing: &str) -> Result<Promise> {
         let room = self.deps.room.look().await?;
         let ledger = &self.shared.ledger;
         let mut promised = ledger.promised.lock().unwrap_or_else(PoisonError::into_inner);
         // What the VM itself holds already, it holds in any case.
         let held = self.held(&promised, Some(&record.id));
         let budgets = Budgets::new(&self.deps.settings.admission, &room, self.deps.net.slots(), held);
-        let asked = Claim::whole(&record.spec, self.deps.vmms.footprint(record));
         budgets.admit(asked).map_err(|short| short.error(doing))?;
-        promised.insert(record.id.clone(), asked);
+        promised.insert(record.id.clone(), Claim::whole(&record.spec, self.deps.vmms.footprint(record)));
         Ok(Promise { ledger: ledger.clone(), id: record.id.clone() })
     }
 
@@ -59,7 +59,9 @@ impl Service {
         if may_have_machine(record) {
             return Ok(None);
         }
-        self.admit(record, &format!("VM {}: start", record.name)).await.map(Some)
+        // Its disk and its slot it has.
+        let asked = Claim { disk: 0, slots: 0, ..Claim::whole(&record.spec, self.deps.vmms.footprint(record)) };
+        self.admit(record, asked, &format!("VM {}: start", record.name)).await.map(Some)
     }
 
     /// Counts `size` for the volume from now on, if there is room for what it has more than before.
@@ -89,6 +91,10 @@ impl Service {
             }
             held = held.and(match (promised, &row) {
                 (Some(promised), _) => promised,
+                // A failed one holds its memory until its machine is taken down.
+                (None, Row::Known { record, .. }) if record.phase == Phase::Failed && !self.lives.is_bare(&id) => {
+                    Claim::whole(&record.spec, self.deps.vmms.footprint(record))
+                }
                 (None, Row::Known { record, .. }) => Claim::of(record, self.deps.vmms.footprint(record)),
                 (None, Row::Unreadable { .. }) => Claim { slots: 1, ..Claim::default() },
             });

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use clawpot_core::admission::{Budget, Resource, Short};
+use clawpot_core::admission::{Budget, Claim, Resource, Short};
 use clawpot_core::ports::{ImageConfig, TxnOutcome};
 use clawpot_core::record::RECORD_VERSION;
 use clawpot_core::{Desired, DiskSource, ExtraDisk, ImagePin, Phase, Restart, RestartPolicy, VmRecord, VmSpec};
@@ -43,10 +43,27 @@ pub struct Request {
 pub const REQUEST_VERSION: u32 = 4;
 
 impl Request {
+    /// `Unsupported`: a newer server wrote it.
+    pub fn check_version(bytes: &[u8]) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Head {
+            version: Option<u32>,
+        }
+        // What has no version at all is damage, and told as such where it is needed.
+        match serde_json::from_slice::<Head>(bytes) {
+            Ok(Head { version: Some(version) }) if version > REQUEST_VERSION => {
+                let what = format!("request: version {version} is newer than this server's {REQUEST_VERSION}");
+                Err(Error::new(Kind::Unsupported, what).hint("run the newer clawpot-server that wrote it"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Reads a row of this version or an older one.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let corrupt =
             |error| Error::new(Kind::Corrupt, "request_id: what was asked before cannot be read").because(error);
+        Self::check_version(bytes)?;
         let mut row: serde_json::Value = serde_json::from_slice(bytes).map_err(corrupt)?;
         if row.get("version").is_none()
             && let Some(body) = row.get_mut("body").and_then(serde_json::Value::as_object_mut)
@@ -96,7 +113,8 @@ impl Service {
         let config = self.deps.images.describe(&ImageRef::Digest(image.digest.clone())).await?.config;
         for _ in 0..ATTEMPTS {
             let record = self.draft(&body, image.clone(), &config, actor)?;
-            let _promise = self.admit(&record, "create").await?;
+            let whole = Claim::whole(&record.spec, self.deps.vmms.footprint(&record));
+            let _promise = self.admit(&record, whole, "create").await?;
             let extra = match &request_key {
                 Some(key) => Some((key.clone(), encode(&body, &record)?)),
                 None => None,
@@ -144,6 +162,7 @@ impl Service {
             disk_made: false,
             timings: Vec::new(),
             failure: None,
+            quarantine: None,
             remove_when_done: body.remove_when_done,
             stop_grace: self.deps.settings.stop_grace,
             intent_by: actor.to_owned(),

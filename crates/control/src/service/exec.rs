@@ -3,17 +3,18 @@
 use std::sync::Arc;
 use std::task::Poll;
 
+use clawpot_core::admission::may_have_machine;
 use clawpot_core::event::EXEC;
 use clawpot_core::exec::{ExecInput, ExecOutput, ExecStart};
 use clawpot_core::ports::{BoxStream, Txn};
 use clawpot_core::request::{Answer, Request, answer};
-use clawpot_core::{Desired, MachineId, Phase, VmRecord};
+use clawpot_core::{MachineId, Phase, VmRecord};
 use clawpot_types::{Error, Kind, Result, VmId};
 use futures_util::StreamExt as _;
 use tokio::sync::broadcast::error::RecvError;
 use tracing::warn;
 
-use super::{Service, event, known};
+use super::{Service, because_quarantined, event, known};
 use crate::live::{Link, Lives};
 
 /// How long an exec waits at most until a running VM's guest is attached, a boot of 120 s before it included; attaching
@@ -89,6 +90,7 @@ impl Service {
                     }
                     Ok((_, record)) => match record.phase {
                         Phase::Failed => return denied(&record, "it has failed"),
+                        Phase::Quarantined => return denied(&record, "it is quarantined"),
                         Phase::Stopped => return denied(&record, "it was stopped meanwhile"),
                         Phase::Deleting => {
                             let what = format!("VM {}: it is being deleted, and so is its command", record.name);
@@ -144,8 +146,7 @@ impl Service {
 
 /// It has failed, and its owner has asked for another start since, or its policy will.
 fn started_again(record: &VmRecord) -> bool {
-    let older = record.failure.as_ref().is_some_and(|failure| failure.generation < record.generation);
-    record.phase == Phase::Failed && record.desired == Desired::Running && (older || record.restart.at.is_some())
+    record.phase == Phase::Failed && may_have_machine(record)
 }
 
 fn denied(record: &VmRecord, why: &str) -> Error {
@@ -155,6 +156,9 @@ fn denied(record: &VmRecord, why: &str) -> Error {
         error = error.because(failure.message.clone());
         let start = format!("look at `clawpot logs {0}`, then `clawpot start {0}`", record.name);
         return error.hint(failure.hint.clone().unwrap_or(start));
+    }
+    if record.phase == Phase::Quarantined {
+        return because_quarantined(record, error);
     }
     error.hint(format!("clawpot start {}", record.name))
 }

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use clawpot_core::ports::Durability;
 use clawpot_core::request::{Answer, Request, answer};
-use clawpot_core::{Desired, Fact, VmRecord};
+use clawpot_core::{Desired, Fact, VmRecord, VmmFact};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Millis, Result, Revision, Timestamp, VmId};
 
-use super::{Service, event, known, to_its_end};
+use super::{Service, because_quarantined, event, known, to_its_end};
 use crate::Deps;
 use crate::records::Records;
 
@@ -57,7 +57,8 @@ impl Service {
             let (this, actor) = (self.clone(), actor.to_owned());
             return to_its_end(async move { this.force(&id, revision, &actor).await.map(|()| id) }).await;
         }
-        let (_, record) = self.change(id.as_str(), Request::Delete, Some(Desired::Deleted), |_, _| {}, actor).await?;
+        let request = if force { Request::Force } else { Request::Delete };
+        let (_, record) = self.change(id.as_str(), request, Some(Desired::Deleted), |_, _| {}, actor).await?;
         if force {
             self.end_strangers(&record).await?;
         }
@@ -68,7 +69,7 @@ impl Service {
     async fn end_strangers(&self, record: &VmRecord) -> Result<()> {
         let Some(choice) = &record.vmm else { return Ok(()) };
         let vmm = self.deps.vmms.get(choice.kind)?;
-        if let Fact::Unknown(why) = vmm.inspect(&record.machine()).await {
+        if let Fact::Unknown(why) | Fact::Present(VmmFact::Unproven { why }) = vmm.inspect(&record.machine()).await {
             tracing::warn!(vm = %record.id, why, "ended by force");
             vmm.stop(&record.machine()).await?;
             self.lives.wake(&record.id);
@@ -104,7 +105,7 @@ impl Service {
                 Answer::Ignore => return Ok((revision, record)),
                 Answer::Deny(why) => {
                     let what = format!("VM {}: cannot {} it: {why}", record.name, request.verb());
-                    return Err(Error::new(Kind::FailedPrecondition, what));
+                    return Err(because_quarantined(&record, Error::new(Kind::FailedPrecondition, what)));
                 }
                 Answer::Accept | Answer::Await => {}
             }

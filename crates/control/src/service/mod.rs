@@ -17,9 +17,9 @@ pub mod volume;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use clawpot_core::VmRecord;
 use clawpot_core::event::Draft;
 use clawpot_core::slot::next_free;
+use clawpot_core::{Quarantine, VmRecord};
 use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId, VolumeName};
 use tokio::sync::watch;
 use tracing::warn;
@@ -50,7 +50,8 @@ struct Shared {
     /// VMs of which the store did not say whether a change was done.
     in_doubt: Mutex<BTreeSet<VmId>>,
     leaving: watch::Sender<bool>,
-    runners: Mutex<Vec<tokio::task::JoinHandle<()>>>,
+    /// Runners and housekeeping.
+    tasks: Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
 impl Service {
@@ -62,7 +63,7 @@ impl Service {
             ledger: Arc::default(),
             volumes: Mutex::default(),
             leaving: watch::channel(false).0,
-            runners: Mutex::new(Vec::new()),
+            tasks: Mutex::new(Vec::new()),
         };
         Self { deps, records, lives: Arc::default(), shared: Arc::new(shared) }
     }
@@ -91,19 +92,16 @@ impl Service {
             wake,
             leaving: self.shared.leaving.subscribe(),
         };
-        let task = tokio::spawn(runner.run());
-        let mut runners = self.shared.runners.lock().unwrap_or_else(PoisonError::into_inner);
-        runners.retain(|task| !task.is_finished());
-        runners.push(task);
+        self.keep_task(tokio::spawn(runner.run()));
     }
 
     /// Ends every runner after the step it is in. VMs stay as they are; the next daemon adopts them.
     pub async fn leave(&self) {
         self.shared.leaving.send_replace(true);
-        let runners = std::mem::take(&mut *self.shared.runners.lock().unwrap_or_else(PoisonError::into_inner));
-        for task in runners {
+        let tasks = std::mem::take(&mut *self.shared.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        for task in tasks {
             if let Err(error) = task.await {
-                warn!(%error, "a runner ended by panic");
+                warn!(%error, "a runner or the housekeeping ended by panic");
             }
         }
     }
@@ -124,17 +122,26 @@ impl Service {
 
     /// Housekeeping ends with the runners.
     pub(crate) fn keep_house(&self, strays: BTreeSet<Slot>) {
+        self.until_leaving(crate::keep::keep(self.clone(), strays));
+    }
+
+    /// A task that ends with the runners.
+    fn until_leaving(&self, work: impl Future<Output = ()> + Send + 'static) {
         let mut leaving = self.shared.leaving.subscribe();
-        let keep = crate::keep::keep(self.clone(), strays);
-        let task = tokio::spawn(async move {
+        self.keep_task(tokio::spawn(async move {
             tokio::select! {
                 biased;
                 // The sender is gone only when the daemon is: both mean leave.
                 _ = leaving.wait_for(|leaving| *leaving) => {}
-                () = keep => {}
+                () = work => {}
             }
-        });
-        self.shared.runners.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+        }));
+    }
+
+    fn keep_task(&self, task: tokio::task::JoinHandle<()>) {
+        let mut tasks = self.shared.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.retain(|task| !task.is_finished());
+        tasks.push(task);
     }
 
     fn volumes(&self) -> std::sync::MutexGuard<'_, BTreeMap<VolumeName, u64>> {
@@ -152,8 +159,8 @@ impl Service {
         if !self.in_doubt().insert(id.clone()) {
             return;
         }
-        let (this, mut leaving) = (self.clone(), self.shared.leaving.subscribe());
-        let asking = async move {
+        let this = self.clone();
+        self.until_leaving(async move {
             loop {
                 tokio::time::sleep(this.deps.settings.limits.retry).await;
                 // Before it is asked: what fails from now on is asked for anew.
@@ -164,16 +171,7 @@ impl Service {
                 }
                 this.in_doubt().insert(id.clone());
             }
-        };
-        let task = tokio::spawn(async move {
-            tokio::select! {
-                biased;
-                // The sender is gone only when the daemon is: both mean leave.
-                _ = leaving.wait_for(|leaving| *leaving) => {}
-                () = asking => {}
-            }
         });
-        self.shared.runners.lock().unwrap_or_else(PoisonError::into_inner).push(task);
     }
 
     /// The next free slot; each call goes on from the last one's.
@@ -218,6 +216,22 @@ pub(crate) fn event(deps: &Deps, record: &VmRecord, kind: &'static str, message:
         message,
         actor: actor.to_owned(),
     }
+}
+
+/// `error` with what the VM is quarantined for, if it is.
+pub(crate) fn because_quarantined(record: &VmRecord, error: Error) -> Error {
+    match &record.quarantine {
+        Some(Quarantine { message, .. }) => error.because(message.clone()).hint(quarantine_hint(&record.name)),
+        None => error,
+    }
+}
+
+/// What to do about a VM whose machine cannot be proven to be its own.
+#[must_use]
+pub fn quarantine_hint(name: &clawpot_types::VmName) -> String {
+    format!(
+        "end or move away the processes in its cgroup, or give the VM up with all of them: clawpot rm --force {name}"
+    )
 }
 
 /// `Row` or an error that says what is wrong with it.

@@ -77,6 +77,12 @@ pub enum Next {
     Remove,
     /// Its time to live is over: [`VmRecord::expired`] says what is wanted then.
     Expire,
+    /// Its machine cannot be proven to be its own: nothing is done to it.
+    Quarantine {
+        why: String,
+    },
+    /// Out of quarantine: [`VmRecord::released`].
+    Release,
     /// Nothing of the VM exists any more: erase the record and what guards its slot and name.
     Forget,
     /// Until woken, or until then.
@@ -139,14 +145,18 @@ impl Default for Limits {
 /// The next thing to do for this VM. Total: every record and every set of facts has an answer.
 #[must_use]
 pub fn plan(record: &VmRecord, facts: &Facts, now: Timestamp, limits: &Limits) -> Next {
-    if record.phase == Phase::Quarantined {
-        return Next::Wait { until: None };
-    }
     let rebooted = record.phase.may_have_vmm()
         && record.incarnation.0 > 0
         && !record.boot_id.is_empty()
         && record.boot_id != facts.boot_id;
     let view = View { record, facts, now, limits, rebooted };
+    // Whatever is wanted of it.
+    match (&facts.vmm, record.phase) {
+        (Fact::Present(VmmFact::Unproven { .. }) | Fact::Unknown(_), Phase::Quarantined) => return view.look_again(),
+        (_, Phase::Quarantined) => return Next::Release,
+        (Fact::Present(VmmFact::Unproven { why }), _) => return Next::Quarantine { why: why.clone() },
+        _ => {}
+    }
     let expires = record.expires_at.filter(|_| record.desired == Desired::Running);
     let next = match record.desired {
         _ if expires.is_some_and(|at| now >= at) => return Next::Expire,
@@ -223,7 +233,7 @@ impl View<'_> {
     /// Removes process, jail and network, in this order; `None` when none is left.
     fn tear_down(&self) -> Option<Next> {
         match &self.facts.vmm {
-            Fact::Unknown(_) => return Some(self.look_again()),
+            Fact::Unknown(_) | Fact::Present(VmmFact::Unproven { .. }) => return Some(self.look_again()),
             Fact::Present(VmmFact::Running { .. }) => return Some(Next::Do(Step::KillVmm)),
             Fact::Present(VmmFact::Prepared | VmmFact::Exited { .. }) => return Some(Next::Do(Step::DestroyVmm)),
             Fact::Absent => {}

@@ -31,8 +31,7 @@ fn failed(view: &View<'_>) -> Next {
     if let Some(next) = view.tear_down() {
         return next;
     }
-    let asked_again = view.record.failure.as_ref().is_none_or(|failure| failure.generation < view.record.generation);
-    if asked_again {
+    if view.record.asked_since_failure() {
         return view.become_phase(Phase::Preparing);
     }
     if view.record.restart.at.is_some() {
@@ -65,7 +64,7 @@ fn preparing(view: &View<'_>) -> Next {
         // Cannot have been started before Booting was written down: not ours to adopt.
         Fact::Present(VmmFact::Running { .. }) => Next::Do(Step::KillVmm),
         Fact::Present(VmmFact::Exited { .. }) => Next::Do(Step::DestroyVmm),
-        Fact::Unknown(_) => view.look_again(),
+        Fact::Unknown(_) | Fact::Present(VmmFact::Unproven { .. }) => view.look_again(),
     }
 }
 
@@ -84,7 +83,7 @@ fn booting(view: &View<'_>) -> Next {
         },
         Fact::Present(VmmFact::Exited { how }) => view.exited(how, false),
         Fact::Absent => Next::End { why: Why::VmmVanished },
-        Fact::Unknown(_) => view.look_again(),
+        Fact::Unknown(_) | Fact::Present(VmmFact::Unproven { .. }) => view.look_again(),
     }
 }
 
@@ -106,7 +105,7 @@ fn running(view: &View<'_>) -> Next {
         }
         Fact::Present(VmmFact::Exited { how }) => view.exited(how, true),
         Fact::Present(VmmFact::Prepared) | Fact::Absent => Next::End { why: Why::VmmVanished },
-        Fact::Unknown(_) => view.look_again(),
+        Fact::Unknown(_) | Fact::Present(VmmFact::Unproven { .. }) => view.look_again(),
     }
 }
 

@@ -44,6 +44,7 @@ pub fn record() -> VmRecord {
         disk_made: false,
         timings: Vec::new(),
         failure: None,
+        quarantine: None,
         remove_when_done: false,
         stop_grace: Millis(5_000),
         intent_by: "uid=1000".to_owned(),

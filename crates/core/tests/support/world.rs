@@ -48,6 +48,8 @@ pub enum Event {
     AnswerLost(Kind, Retry),
     /// The next look does not see this.
     Blind(Look),
+    /// For the next looks nobody can tell whose the machine's process is.
+    Doubted(u32),
     GuestGoesSilent,
     GuestIgnoresShutdown,
     DiskIsLost,
@@ -92,6 +94,8 @@ pub struct World {
     ends_at: Option<Timestamp>,
     pub clients: Clients,
     blind: Vec<Look>,
+    /// So many looks more.
+    doubts: u32,
     failing: Option<(Kind, Retry, bool)>,
     /// Fails until it is mended.
     pub broken: Option<(Step, Kind, Retry)>,
@@ -126,6 +130,7 @@ impl World {
             ends_at: None,
             clients: Clients::Attached,
             blind: Vec::new(),
+            doubts: 0,
             failing: None,
             broken: None,
             unanswered: 0,
@@ -156,6 +161,7 @@ impl World {
         let vmm = match self.machines.get(&current) {
             _ if self.blind.contains(&Look::Vmm) => Fact::Unknown("the look failed".to_owned()),
             None => Fact::Absent,
+            Some(_) if self.doubts > 0 => Fact::Present(VmmFact::Unproven { why: "a stranger".to_owned() }),
             Some(Process::NotStarted) => Fact::Present(VmmFact::Prepared),
             Some(Process::Lives) => Fact::Present(VmmFact::Running { attached: self.attached == Some(current) }),
             Some(Process::Exited) => Fact::Present(VmmFact::Exited { how: self.end.clone() }),
@@ -206,7 +212,7 @@ impl World {
                             record.desired = Desired::Stopped;
                             record.restart = record.restart.afresh();
                         }
-                        Request::Delete => record.desired = Desired::Deleted,
+                        Request::Delete | Request::Force => record.desired = Desired::Deleted,
                         Request::Exec => return,
                         Request::Keep => return record.keep(record.ttl, self.now),
                     }
@@ -217,6 +223,7 @@ impl World {
             Event::StepFails(kind, retry) => self.failing = Some((kind, retry, false)),
             Event::AnswerLost(kind, retry) => self.failing = Some((kind, retry, true)),
             Event::Blind(look) => self.blind.push(look),
+            Event::Doubted(looks) => self.doubts = looks,
             Event::GuestGoesSilent => self.guest_answers = false,
             Event::GuestIgnoresShutdown => self.guest_obeys = false,
             Event::DiskIsLost => {
@@ -260,7 +267,16 @@ impl World {
         // The image is not the VM's: it stays.
         let blind = std::mem::take(&mut self.blind).iter().any(|look| *look != Look::Image);
         let next = plan(self.record(), &facts, self.now, &self.limits);
+        if matches!(facts.vmm, Fact::Present(VmmFact::Unproven { .. })) {
+            assert!(
+                matches!(next, Next::Quarantine { .. } | Next::Wait { .. }),
+                "{next:?} though nobody knows whose it is"
+            );
+        }
+        self.doubts = self.doubts.saturating_sub(1);
         match next {
+            Next::Quarantine { why } => self.move_to(self.record().quarantined(why, self.now)),
+            Next::Release => self.move_to(self.record().released(self.now)),
             Next::Do(step) => self.carry_out(step),
             Next::Become { phase, limit } => self.become_phase(phase, limit),
             Next::End { why } => self.end(&Cause::of(&why)),
@@ -284,6 +300,11 @@ impl World {
         // A guest that fell silent in Running is asked again and again: that is how such a VM rests.
         let polls = self.record().phase == Phase::Running && self.unanswered > 20;
         (polls && self.record().desired == Desired::Running).then(|| self.rest(Desired::Running))
+    }
+
+    fn move_to(&mut self, next: VmRecord) {
+        assert!(self.record().phase.may_become(next.phase), "{} ─► {} is no edge", self.record().phase, next.phase);
+        self.record = Some(next);
     }
 
     fn rest(&self, desired: Desired) -> Rest {

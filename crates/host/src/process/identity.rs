@@ -27,6 +27,8 @@ pub enum Proof {
     /// It is that process, held by this descriptor, and it lives.
     Alive(OwnedFd),
     Gone,
+    /// It is that process, and it is about to be gone: its main thread has ended, another has not.
+    Ending,
     /// The same process, in another cgroup: somebody moved it.
     Moved(String),
     /// The same process, which has executed another program since.
@@ -64,18 +66,26 @@ impl Identity {
             return Ok(Proof::Gone);
         }
         let Some(pidfd) = hold(self.pid)? else { return Ok(Proof::Gone) };
-        let Some(now) = Self::read(self.pid)? else { return Ok(Proof::Gone) };
+        let Some(now) = Self::read(self.pid)? else { return self.prove_ending(&pidfd) };
         let alive = super::is_alive(&pidfd).map_err(|errno| crate::failed(identifying(self.pid), errno))?;
         if !alive || now.start_ticks != self.start_ticks {
             return Ok(Proof::Gone);
         }
         if now.cgroup != self.cgroup {
-            return Ok(Proof::Moved(format!("its cgroup is {:?}, not {:?}", now.cgroup, self.cgroup)));
+            let how = format!("its cgroup is {:?}, not {:?}", now.cgroup, self.cgroup);
+            return Ok(Proof::Moved(how));
         }
         if now.exe != self.exe {
             return Ok(Proof::OtherProgram(format!("its program is {:?}, not {:?}", now.exe, self.exe)));
         }
         Ok(Proof::Alive(pidfd))
+    }
+
+    /// Of a process whose program cannot be told any more.
+    fn prove_ending(&self, pidfd: &OwnedFd) -> Result<Proof> {
+        let began = read_proc(self.pid, "stat")?.and_then(|stat| start_ticks(&stat));
+        let alive = super::is_alive(pidfd).map_err(|errno| crate::failed(identifying(self.pid), errno))?;
+        Ok(if alive && began == Some(self.start_ticks) { Proof::Ending } else { Proof::Gone })
     }
 }
 

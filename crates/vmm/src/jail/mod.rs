@@ -16,11 +16,12 @@
 //!
 //! | `inspect` says | when |
 //! |---|---|
-//! | Running | the cgroup has a process, and the one that was written down is among them |
+//! | Running | the cgroup has a process, and the one that was written down is it |
 //! | Prepared | `machine.json` is of this boot, `process.json` is not there |
 //! | Exited | anything else that is there, half-made or stale too: `destroy` is what it needs |
 //! | Absent | neither directory nor cgroup |
-//! | Unknown | the cgroup has processes, and none is the one that was written down: they are let be |
+//! | Unproven | the cgroup has processes, and the one that was written down is not among them |
+//! | Unknown | the look failed |
 //!
 //! Nothing here is synced: a power failure ends every machine anyway.
 
@@ -197,6 +198,7 @@ impl Jails {
             match this.look(&jail)? {
                 Some(VmmFact::Prepared) => return Ok(()),
                 Some(VmmFact::Running { .. }) => return Err(Error::new(Kind::FailedPrecondition, "it runs")),
+                Some(VmmFact::Unproven { why }) => return Err(Error::new(Kind::FailedPrecondition, why)),
                 Some(VmmFact::Exited { .. }) => clawpot_host::fs::remove_tree_if_exists(jail.dir())?,
                 None => {}
             }
@@ -273,22 +275,26 @@ impl Jails {
         }
     }
 
-    /// A handful of system calls.
+    /// A dozen of system calls.
     fn look(&self, jail: &Jail) -> Result<Option<VmmFact>> {
         match (jail.cgroup().populated()?, directory::look(jail)?) {
-            (Some(true), _) => {
-                let attached = self.inner.consoles.is_drained(jail.id());
-                // What this daemon started, or attached to, is known.
-                if !attached {
-                    process::prove(jail)?;
-                }
-                Ok(Some(VmmFact::Running { attached }))
-            }
+            (Some(true), _) => self.living(jail).map(Some),
             // Not even in a hierarchy that only limits.
             (None, directory::State::Absent) if !jail.cgroup().exists()? => Ok(None),
             (_, directory::State::Prepared) => Ok(Some(VmmFact::Prepared)),
             (_, state) => Ok(Some(VmmFact::Exited { how: VmmEnd::Unseen(state.explain().to_owned()) })),
         }
+    }
+
+    /// Whether what lives in the machine's group is the machine.
+    fn living(&self, jail: &Jail) -> Result<VmmFact> {
+        let child = self.children().get(jail.id()).cloned();
+        // What this daemon started is known for as long as it lives.
+        let own = child.is_some_and(|child| clawpot_host::process::is_alive(&*child).unwrap_or(false));
+        if !own && let Some(why) = process::strange(jail)? {
+            return Ok(VmmFact::Unproven { why });
+        }
+        Ok(VmmFact::Running { attached: self.inner.consoles.is_drained(jail.id()) })
     }
 
     /// Returns once no process of the machine is left. One whose guest has halted is ended here: see [`halt`].

@@ -17,6 +17,7 @@ where
 {
     match jails.look(jail)? {
         Some(VmmFact::Running { .. }) => return Ok(()),
+        Some(VmmFact::Unproven { why }) => return Err(Error::new(Kind::FailedPrecondition, why)),
         Some(VmmFact::Prepared) => {}
         Some(VmmFact::Exited { how }) => {
             return Err(Error::new(Kind::FailedPrecondition, format!("{how}; it cannot be started again")));
@@ -45,28 +46,41 @@ where
     Ok(())
 }
 
-/// That what lives in the machine's group is the machine, after a restart of the daemon. `FailedPrecondition`: it is somebody
-/// else's, who came by its number or was put there; nobody but its owner may end that.
-pub(super) fn prove(jail: &Jail) -> Result<()> {
+/// Why what lives in the machine's group is not the machine; `None`: it is, or is ending. It is somebody else's, who came by
+/// its number or was put there; nobody but its owner may end that.
+pub(super) fn strange(jail: &Jail) -> Result<Option<String>> {
     let path = jail.process();
-    let what = || format!("machine {}: telling whether its process is the one that was started", jail.id());
-    let text = match std::fs::read(&path) {
-        Ok(text) => text,
+    let why = match identity(jail)? {
         // The daemon died between fork and writing: whoever is in a group of this name was born into it.
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(Error::io(what(), error)),
+        Written::Nobody => return Ok(None),
+        Written::Unreadable => format!("{} cannot be read", path.display()),
+        Written::By(identity) => match identity.prove()? {
+            // A jailer has become its VMM: the same process.
+            Proof::Alive(_) | Proof::OtherProgram(_) | Proof::Ending => return Ok(None),
+            Proof::Moved(how) => format!("process {}: {how}", identity.pid),
+            Proof::Gone => format!("process {} has ended, and another is in its cgroup", identity.pid),
+        },
     };
-    let strange = |why: String| {
-        let hint = "end the processes in its cgroup, or give the VM up with all of them: clawpot rm --force";
-        Err(Error::new(Kind::FailedPrecondition, format!("{}: {why}", what())).hint(hint))
-    };
-    let Ok(identity) = serde_json::from_slice::<Identity>(&text) else {
-        return strange(format!("{} cannot be read", path.display()));
-    };
-    match identity.prove()? {
-        // A jailer has become its VMM: the same process.
-        Proof::Alive(_) | Proof::OtherProgram(_) => Ok(()),
-        Proof::Moved(how) => strange(format!("process {}: {how}", identity.pid)),
-        Proof::Gone => strange(format!("process {} has ended, and another is in its cgroup", identity.pid)),
+    // What was there a moment ago may have been its last.
+    let others = jail.cgroup().members()?;
+    Ok((!others.is_empty()).then(|| {
+        let pids: Vec<_> = others.iter().map(|member| member.pid).collect();
+        format!("machine {}: its process cannot be told from others' ({pids:?}): {why}", jail.id())
+    }))
+}
+
+enum Written {
+    By(Identity),
+    Nobody,
+    Unreadable,
+}
+
+/// Who was started.
+fn identity(jail: &Jail) -> Result<Written> {
+    let path = jail.process();
+    match std::fs::read(&path) {
+        Ok(text) => Ok(serde_json::from_slice(&text).map_or(Written::Unreadable, Written::By)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Written::Nobody),
+        Err(error) => Err(Error::io(format!("reading {}", path.display()), error)),
     }
 }
