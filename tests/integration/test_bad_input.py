@@ -1,5 +1,6 @@
 """Bad input gets a clear error, and nothing is lost or left."""
 
+import re
 from collections.abc import Iterator
 
 import grpc
@@ -53,7 +54,7 @@ def test_unknown_images(server: Server, image: str) -> None:
     assert done.code in (1, 2), done
     assert "image" in done.stderr or "digest" in done.stderr, done
     if image == "nosuch":
-        assert "there is debian" in done.stderr, done
+        assert re.search(r"there is .*debian", done.stderr), done
 
 
 def test_a_name_twice(server: Server, vm: str) -> None:
