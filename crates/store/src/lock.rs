@@ -4,9 +4,15 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use clawpot_types::{Error, Kind, Result};
 use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use rustix::process::Pid;
+
+/// How long a lock is waited for whose holder is dead.
+const LETTING_GO: Duration = Duration::from_secs(5);
 
 /// Held for as long as a server uses the directory. The kernel gives it up with the process, however that ends.
 #[derive(Debug)]
@@ -32,11 +38,7 @@ impl StateLock {
             .mode(0o600)
             .open(&path)
             .map_err(|error| not_writable(dir, error))?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(in_use(dir, &mut file)),
-            Err(errno) => return Err(Error::io(format!("locking {}", path.display()), errno.into())),
-        }
+        lock(dir, &path, &mut file)?;
         say_pid(&mut file).map_err(|error| not_writable(dir, error))?;
         Ok(Self { dir: dir.to_owned(), _file: file })
     }
@@ -47,6 +49,36 @@ impl StateLock {
     }
 }
 
+/// Where the holder is dead and the lock still held, it is waited for: a child that the dead server had just forked holds its
+/// descriptors until it executes a program.
+fn lock(dir: &Path, path: &Path, file: &mut File) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        match rustix::fs::flock(&*file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) => {}
+            Err(errno) => return Err(Error::io(format!("locking {}", path.display()), errno.into())),
+        }
+        let holder = holder(file);
+        if holder.is_none_or(lives) || begun.elapsed() > LETTING_GO {
+            return Err(in_use(dir, holder));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn lives(pid: Pid) -> bool {
+    rustix::process::test_kill_process(pid) != Err(Errno::SRCH)
+}
+
+/// The pid that the file says.
+fn holder(file: &mut File) -> Option<Pid> {
+    let mut text = String::new();
+    file.seek(SeekFrom::Start(0)).ok()?;
+    file.take(32).read_to_string(&mut text).ok()?;
+    Pid::from_raw(text.trim().parse().ok()?)
+}
+
 fn say_pid(file: &mut File) -> std::io::Result<()> {
     // Written over the old text and then cut, so that a full disk cannot fail it where a pid was before.
     let text = format!("{:<10}\n", std::process::id());
@@ -55,12 +87,8 @@ fn say_pid(file: &mut File) -> std::io::Result<()> {
     file.set_len(u64::try_from(text.len()).unwrap_or(0))
 }
 
-fn in_use(dir: &Path, file: &mut File) -> Error {
-    let mut text = String::new();
-    let holder = match file.take(32).read_to_string(&mut text) {
-        Ok(_) if !text.trim().is_empty() => format!("pid {}", text.trim()),
-        _ => "pid unknown".to_owned(),
-    };
+fn in_use(dir: &Path, holder: Option<Pid>) -> Error {
+    let holder = holder.map_or_else(|| "pid unknown".to_owned(), |pid| format!("pid {pid}"));
     Error::new(
         Kind::FailedPrecondition,
         format!("state directory {}: in use by another server ({holder})", dir.display()),
@@ -91,6 +119,22 @@ mod tests {
         assert!(text.contains(&format!("pid {}", std::process::id())) && text.contains("deep/state"), "{text}");
         drop(held);
         StateLock::acquire(&state).unwrap();
+    }
+
+    /// As a child does that was forked, and has not yet executed its program, when its server died.
+    #[test]
+    fn what_a_dead_server_left_behind_lets_go_soon() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = StateLock::acquire(dir.path()).unwrap();
+        // Above the most that Linux gives out, 4194304 (proc_sys_kernel(5), pid_max).
+        let mut said = OpenOptions::new().write(true).truncate(true).open(dir.path().join("lock")).unwrap();
+        said.write_all(b"4194305\n").unwrap();
+        let child = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            drop(held);
+        });
+        StateLock::acquire(dir.path()).unwrap();
+        child.join().unwrap();
     }
 
     #[test]
