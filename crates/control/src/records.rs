@@ -398,7 +398,7 @@ fn encode_claim(id: &VmId) -> Result<Vec<u8>> {
 }
 
 fn id_of(key: &str) -> Result<VmId> {
-    key.trim_start_matches("vms/").parse().map_err(|error: Error| error.context(format!("store key {key:?}")))
+    key.strip_prefix("vms/").unwrap_or(key).parse().map_err(|error: Error| error.context(format!("store key {key:?}")))
 }
 
 /// `entry` as the row of `id`. `Unsupported`: a newer server's record is no damage, and nothing is touched before someone decides.
