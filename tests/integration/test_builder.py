@@ -146,7 +146,7 @@ def test_an_output_disk_that_is_too_small_is_called_that(built: Server) -> None:
     built.cli.sh("builder", builder.UNMOUNT, "-e", "AT=/build-out").ok()
     built.cli.sh("builder", builder.MOUNT, "-e", "AT=/build-out", "-e", "OPTIONS=size=8m").ok()
     with Talk(built, "builder") as talk:
-        assert talk.fails("fills").startswith("the output disk is full: it has 8 MiB in all, too little for vmlinux")
+        assert talk.fails("large").startswith("the output disk is full: it has 8 MiB in all, too little for vmlinux")
     assert _left(built) == {"build.log"}
 
 
