@@ -372,7 +372,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     except TimeIsUp as error:
-        print(f"error: no end within {arguments.timeout:.0f} s; {error or 'the API was too slow'}", file=sys.stderr)
+        print(f"error: no end within {arguments.timeout:.0f} s; {str(error) or 'the API was too slow'}", file=sys.stderr)
         return TIMEOUT
     except ApiError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -127,7 +127,7 @@ def test_a_blocked_build_says_that_it_waits_for_somebody(api, run):
 
 def test_time_over_before_the_end_is_3(api, run):
     api.look("running", script(1))
-    done = run(COMMIT, "--timeout", "0.3")
+    done = run(COMMIT, "--timeout", "2")
     assert done.returncode == 3
     assert "the build is still running" in done.stderr
 
