@@ -215,52 +215,54 @@ def folder_name(job: dict[str, Any]) -> str:
 def find_build(printer: Printer, client: Client, pipeline: str, commit: str, poll: float) -> dict[str, Any]:
     """The newest build of the commit, once there is one."""
     told, missing = False, ""
-    while True:
-        try:
-            builds = list(client.list(f"{pipeline}/builds", commit=commit, exclude_jobs="true"))
-        except ApiError as error:
-            # A pipeline that the push itself makes is not there at once either.
-            if error.status != 404:
-                raise
-            builds, missing = [], f" ({error})"
-        if builds:
-            newest = max(builds, key=lambda build: int(build["number"]))
-            more = f", the newest of {len(builds)}" if len(builds) > 1 else ""
-            printer.say(f"build {newest['number']}{more}: {clean(str(newest.get('web_url')))}")
-            return newest
-        if not told:
-            printer.say(f"no build of {commit[:12]} yet{missing}; waiting")
-            told = True
-        try:
+    try:
+        while True:
+            try:
+                builds = list(client.list(f"{pipeline}/builds", commit=commit, exclude_jobs="true"))
+            except ApiError as error:
+                # A pipeline that the push itself makes is not there at once either.
+                if error.status != 404:
+                    raise
+                builds, missing = [], f" ({error})"
+            if builds:
+                newest = max(builds, key=lambda build: int(build["number"]))
+                more = f", the newest of {len(builds)}" if len(builds) > 1 else ""
+                printer.say(f"build {newest['number']}{more}: {clean(str(newest.get('web_url')))}")
+                return newest
+            if not told:
+                printer.say(f"no build of {commit[:12]} yet{missing}; waiting")
+                told = True
             client.sleep(poll)
-        except TimeIsUp:
-            raise TimeIsUp(f"there is no build of {commit[:12]}{missing}; is it pushed?") from None
+    except TimeIsUp:
+        # It may be up between two looks or in the middle of one; before the first answer nothing is known.
+        known = f"there is no build of {commit[:12]}{missing}; is it pushed?" if told else ""
+        raise TimeIsUp(known) from None
 
 
 def follow_build(printer: Printer, client: Client, where: str, poll: float) -> dict[str, Any]:
     """Prints what changes until the build has ended."""
     states: dict[str, str] = {}
     build_state = ""
-    while True:
-        build = client.get(where)
-        # Without retried jobs, as the API gives them: a job that failed and passed when run again has passed.
-        for job in jobs_of(build):
-            before, now = states.get(job["id"]), str(job.get("state"))
-            if before != now:
-                printer.say(
-                    f"  {job_name(job)}: {f'{printer.paint(before)} → ' if before else ''}{printer.paint(now)}{soft(job)}"
-                )
-                states[job["id"]] = now
-        if build.get("state") != build_state:
-            build_state = str(build.get("state"))
-            wants = "; it waits until somebody unblocks it" if build_state == "blocked" else ""
-            printer.say(f"build: {printer.paint(build_state)}{wants}")
-        if build_state in ENDED:
-            return build
-        try:
+    try:
+        while True:
+            build = client.get(where)
+            # Without retried jobs, as the API gives them: a job that failed and passed when run again has passed.
+            for job in jobs_of(build):
+                before, now = states.get(job["id"]), str(job.get("state"))
+                if before != now:
+                    since = f"{printer.paint(before)} → " if before else ""
+                    printer.say(f"  {job_name(job)}: {since}{printer.paint(now)}{soft(job)}")
+                    states[job["id"]] = now
+            if build.get("state") != build_state:
+                build_state = str(build.get("state"))
+                wants = "; it waits until somebody unblocks it" if build_state == "blocked" else ""
+                printer.say(f"build: {printer.paint(build_state)}{wants}")
+            if build_state in ENDED:
+                return build
             client.sleep(poll)
-        except TimeIsUp:
-            raise TimeIsUp(f"the build is still {build_state}") from None
+    except TimeIsUp:
+        # It may be up between two looks or in the middle of one.
+        raise TimeIsUp(f"the build is still {build_state}" if build_state else "") from None
 
 
 def soft(job: dict[str, Any]) -> str:

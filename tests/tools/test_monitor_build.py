@@ -132,9 +132,26 @@ def test_time_over_before_the_end_is_3(api, run):
     assert "the build is still running" in done.stderr
 
 
+def test_time_over_in_the_middle_of_a_look_says_what_the_last_one_showed(api, run):
+    api.look("running", script(1))
+    answer, looks = api.api.answer, []
+
+    def slow(path: str, headers: dict[str, str]) -> Answer:
+        if path.endswith("/builds/7"):
+            looks.append(path)
+            if len(looks) > 1:
+                time.sleep(5)
+        return answer(path, headers)
+
+    api.api.answer = slow
+    done = run(COMMIT, "--timeout", "2")
+    assert done.returncode == 3
+    assert "the build is still running" in done.stderr
+
+
 def test_time_over_before_there_is_a_build_is_3(api, run):
     api.builds = []
-    done = run(COMMIT, "--timeout", "0.3")
+    done = run(COMMIT, "--timeout", "2")
     assert done.returncode == 3
     assert "is it pushed?" in done.stderr
 
