@@ -52,12 +52,12 @@ pub fn line(machine: &Machine, vmm: &str, transport: Transport) -> String {
 
 /// Which disk is the VM's own, and where the others belong. Nothing where there are no others.
 fn disks(machine: &Machine) -> Vec<String> {
-    let attachments = &machine.attachments;
-    if attachments.is_empty() {
+    let extra_disks = &machine.extra_disks;
+    if extra_disks.is_empty() {
         return Vec::new();
     }
-    let own = format!(" {CMDLINE_DISK}={}", disk_device(attachments.len()));
-    let mounts = attachments.iter().enumerate().filter_map(|(index, disk)| {
+    let own = format!(" {CMDLINE_DISK}={}", disk_device(extra_disks.len()));
+    let mounts = extra_disks.iter().enumerate().filter_map(|(index, disk)| {
         let mode = if disk.read_only { "ro" } else { "rw" };
         disk.mount.as_ref().map(|path| format!(" {CMDLINE_MOUNT}={}:{mode}:{path}", disk_device(index)))
     });

@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use clawpot_core::ports::{Attachment, BootFiles, Console, GuestEndpoint, Machine, Vmm};
+use clawpot_core::ports::{BootFiles, Console, DiskFile, GuestEndpoint, Machine, Vmm};
 use clawpot_core::{Fact, VmmEnd, VmmFact};
 use clawpot_host::process::{Tool, find_program};
 use clawpot_types::{Digest, MiB};
@@ -218,7 +218,7 @@ async fn extra_disks_are_mounted_as_they_are_to_be() {
         let file = world.place.file(name);
         format(&file).await;
         let mount = mount.map(|path| path.parse().unwrap());
-        world.machine.attachments.push(Attachment { file, read_only, mount });
+        world.machine.extra_disks.push(DiskFile { file, read_only, mount });
     }
     let machine = world.machine.clone();
     world.qemu.prepare(&machine).await.unwrap();
@@ -265,7 +265,7 @@ async fn an_extra_disk_that_cannot_be_mounted_ends_the_boot() {
     format(&world.machine.disk).await;
     let file = world.place.file("empty");
     File::create(&file).unwrap().set_len(64 << 20).unwrap();
-    world.machine.attachments = vec![Attachment { file, read_only: false, mount: Some("/data".parse().unwrap()) }];
+    world.machine.extra_disks = vec![DiskFile { file, read_only: false, mount: Some("/data".parse().unwrap()) }];
     let id = world.machine.id.clone();
     world.qemu.prepare(&world.machine).await.unwrap();
     world.qemu.start(&world.machine).await.unwrap();

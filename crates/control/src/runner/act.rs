@@ -53,7 +53,7 @@ impl Runner {
             memory: record.spec.memory,
             files: self.deps.images.ensure(&record.image).await?,
             disk: self.deps.images.disk_path(&record.id),
-            attachments: volume::attachments(&self.deps, record, ready).await?,
+            extra_disks: volume::disk_files(&self.deps, record, ready).await?,
             seat: self.deps.net.seat(record.slot)?,
         })
     }

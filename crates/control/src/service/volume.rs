@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use clawpot_core::ports::{Attachment, Copied, Durability, Expect, Guard, Op, StateStore, Txn, TxnOutcome, VolumeFile};
+use clawpot_core::ports::{Copied, DiskFile, Durability, Expect, Guard, Op, StateStore, Txn, TxnOutcome, VolumeFile};
 use clawpot_core::volume::{Lease, VOLUME_VERSION, VolumeRecord, VolumeState};
 use clawpot_core::{DiskSource, ExtraDisk, Phase, VmRecord};
 use clawpot_failpoint::{self as failpoint, Point};
@@ -441,8 +441,8 @@ pub(crate) async fn releases(deps: &Deps, id: &VmId) -> Result<Vec<LeaseChange>>
 
 /// The files of the VM's extra disks. Volumes that it may write to are written down as unclean from here on; those that were, whoever
 /// wrote to them, are checked first: `ready` is before the machine is prepared.
-pub(crate) async fn attachments(deps: &Deps, record: &VmRecord, ready: bool) -> Result<Vec<Attachment>> {
-    let mut attachments = Vec::with_capacity(record.spec.extra_disks.len());
+pub(crate) async fn disk_files(deps: &Deps, record: &VmRecord, ready: bool) -> Result<Vec<DiskFile>> {
+    let mut files = Vec::with_capacity(record.spec.extra_disks.len());
     for disk in &record.spec.extra_disks {
         let file = match &disk.source {
             DiskSource::File(path) => path.clone(),
@@ -452,9 +452,9 @@ pub(crate) async fn attachments(deps: &Deps, record: &VmRecord, ready: bool) -> 
                 deps.volumes.path(&volume.id)
             }
         };
-        attachments.push(Attachment { file, read_only: disk.read_only, mount: disk.mount.clone() });
+        files.push(DiskFile { file, read_only: disk.read_only, mount: disk.mount.clone() });
     }
-    Ok(attachments)
+    Ok(files)
 }
 
 async fn make_ready(deps: &Deps, name: &VolumeName, vm: &VmRecord, disk: &ExtraDisk) -> Result<VolumeRecord> {

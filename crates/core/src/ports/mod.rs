@@ -23,7 +23,7 @@ pub use net::{Net, Seat};
 pub use store::{
     Change, Durability, Entry, EventLog, Expect, Guard, Listing, Op, StateStore, Txn, TxnOutcome, Unreadable,
 };
-pub use vmm::{Attachment, Capabilities, Console, Machine, Vmm};
+pub use vmm::{Capabilities, Console, DiskFile, Machine, Vmm};
 pub use volumes::{Copied, VolumeFile, Volumes};
 
 use std::pin::Pin;

@@ -88,13 +88,13 @@ pub struct Machine {
     /// The VM's writable disk.
     pub disk: std::path::PathBuf,
     /// At most [`clawpot_types::guest::MAX_EXTRA_DISKS`]: `/dev/vdb`, `/dev/vdc`, …; the VM's own disk comes after them.
-    pub attachments: Vec<Attachment>,
+    pub extra_disks: Vec<DiskFile>,
     pub seat: Seat,
 }
 
 /// A disk that a machine has beside image and its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Attachment {
+pub struct DiskFile {
     /// On one file system with the jails. While a machine has it, it is the slot's user's where it may be written, and root's
     /// where not; a driver gives it back to root when the machine is removed. Never in two machines where either may write.
     pub file: std::path::PathBuf,

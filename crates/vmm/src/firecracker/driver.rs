@@ -120,7 +120,7 @@ fn spawn(toolbox: &Toolbox, base: &Path, jail: &Jail, machine: &Machine) -> Resu
         memory: machine.memory,
         boot_args: cmdline::line(machine, cmdline::FIRECRACKER, Transport::Vsock),
         devices: true,
-        read_only: machine.attachments.iter().map(|disk| disk.read_only).collect(),
+        read_only: machine.extra_disks.iter().map(|disk| disk.read_only).collect(),
     };
     boot::write(jail.dir(), &boot)?;
     let id = machine.id.to_string();

@@ -6,7 +6,7 @@ use std::os::unix::fs::{PermissionsExt, chown, lchown};
 use std::path::Path;
 
 use clawpot_core::MachineId;
-use clawpot_core::ports::{Attachment, Machine};
+use clawpot_core::ports::{DiskFile, Machine};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::fs::{ensure_dir, hard_link, remove_tree_if_exists, replace_unsynced};
 use clawpot_types::guest::{MAX_EXTRA_DISKS, disk_device};
@@ -104,12 +104,12 @@ pub(super) fn make(base: &Path, jail: &Jail, machine: &Machine) -> Result<()> {
 
 /// The extra disks, by the names that the guest's kernel gives them.
 fn attach(jail: &Jail, machine: &Machine) -> Result<()> {
-    let attachments = &machine.attachments;
-    if attachments.len() > MAX_EXTRA_DISKS {
-        let what = format!("{} extra disks: a machine has at most {MAX_EXTRA_DISKS}", attachments.len());
+    let extra_disks = &machine.extra_disks;
+    if extra_disks.len() > MAX_EXTRA_DISKS {
+        let what = format!("{} extra disks: a machine has at most {MAX_EXTRA_DISKS}", extra_disks.len());
         return Err(Error::new(Kind::InvalidArgument, what));
     }
-    for (index, Attachment { file, read_only, .. }) in attachments.iter().enumerate() {
+    for (index, DiskFile { file, read_only, .. }) in extra_disks.iter().enumerate() {
         let (mode, owner) = match read_only {
             true => (0o444, (0, 0)),
             false => (0o600, (machine.seat.uid, machine.seat.gid)),

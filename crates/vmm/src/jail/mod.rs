@@ -114,7 +114,7 @@ impl Jail {
     /// Of the largest disk that `machine` may write to, bytes: as far as its VMM may write into any file. It owns its disks,
     /// and could else make them larger than they were given; with several, the smaller ones as large as the largest.
     pub fn largest_disk(&self, machine: &Machine) -> Result<u64> {
-        let extra = machine.attachments.iter().enumerate().filter(|(_, disk)| !disk.read_only);
+        let extra = machine.extra_disks.iter().enumerate().filter(|(_, disk)| !disk.read_only);
         let names = std::iter::once(DISK.to_owned()).chain(extra.map(|(index, _)| disk_device(index)));
         names.map(|name| self.file(&name)).try_fold(0, |largest, path| {
             let found = std::fs::metadata(&path);

@@ -48,8 +48,8 @@ pub(super) fn args(machine: &Machine, accel: Accel) -> Vec<String> {
     put(&["-chardev", &format!("socket,id=qmp,fd={QMP_FD},server=on,wait=off"), "-mon", "chardev=qmp,mode=control"]);
     put(&["-blockdev", &format!("driver=raw,node-name=rootfs,read-only=on,file.driver=file,file.filename={ROOTFS}")]);
     put(&["-device", &device("virtio-blk", ROOTFS_SLOT, "drive=rootfs")]);
-    for (index, attachment) in machine.attachments.iter().enumerate() {
-        put(&extra_disk(index, attachment.read_only).each_ref().map(String::as_str));
+    for (index, disk) in machine.extra_disks.iter().enumerate() {
+        put(&extra_disk(index, disk.read_only).each_ref().map(String::as_str));
     }
     put(&[
         "-blockdev",

@@ -1,4 +1,4 @@
-use clawpot_core::ports::{Attachment, BootFiles};
+use clawpot_core::ports::{BootFiles, DiskFile};
 use clawpot_types::{Digest, Incarnation, MiB, Slot, Vcpus, VmId};
 
 use super::*;
@@ -16,7 +16,7 @@ fn machine() -> Machine {
             rootfs: "/images/r".into(),
         },
         disk: "/state/disks/a".into(),
-        attachments: Vec::new(),
+        extra_disks: Vec::new(),
         seat: Seat {
             slot: Slot(7),
             uid: 1_900_000_007,
@@ -36,12 +36,12 @@ fn command_line_tcg() {
 #[test]
 fn extra_disks() {
     let mut machine = machine();
-    let disk = |read_only, mount: Option<&str>| Attachment {
+    let disk = |read_only, mount: Option<&str>| DiskFile {
         file: "/state/volumes/v".into(),
         read_only,
         mount: mount.map(|path| path.parse().unwrap()),
     };
-    machine.attachments =
+    machine.extra_disks =
         vec![disk(false, None), disk(true, None), disk(false, Some("/data")), disk(true, Some("/ro"))];
     let args = args::args(&machine, Accel::Tcg);
     let told: Vec<_> = args.iter().filter(|arg| arg.contains("vd")).map(String::as_str).collect();
@@ -56,8 +56,8 @@ fn the_longest_command_line_is_one_that_a_kernel_takes() {
     machine.name = "n".repeat(63).parse().unwrap();
     machine.id.incarnation = Incarnation(u64::MAX);
     let long = |n: usize| format!("/{n}{}", "a".repeat(clawpot_types::GuestPath::MAX - 2)).parse().unwrap();
-    let disk = |n| Attachment { file: "/v".into(), read_only: false, mount: Some(long(n)) };
-    machine.attachments = (0..clawpot_types::guest::MAX_EXTRA_DISKS).map(disk).collect();
+    let disk = |n| DiskFile { file: "/v".into(), read_only: false, mount: Some(long(n)) };
+    machine.extra_disks = (0..clawpot_types::guest::MAX_EXTRA_DISKS).map(disk).collect();
     for vmm in [crate::cmdline::QEMU, crate::cmdline::FIRECRACKER] {
         let line = crate::cmdline::line(&machine, vmm, crate::cmdline::Transport::Vsock);
         // Linux x86: COMMAND_LINE_SIZE is 2048. Firecracker adds some 40 bytes for each of its devices.

@@ -69,7 +69,7 @@ impl Place {
                 rootfs: self.file("rootfs"),
             },
             disk,
-            attachments: Vec::new(),
+            extra_disks: Vec::new(),
             seat: Seat {
                 slot: Slot(0),
                 uid: 1_999_999_000,

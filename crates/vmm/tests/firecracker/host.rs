@@ -83,7 +83,7 @@ impl Corner {
                 rootfs: file("image", &[0; 1 << 20], 0o444),
             },
             disk: file("disk", &[0; 1 << 20], 0o600),
-            attachments: Vec::new(),
+            extra_disks: Vec::new(),
             seat: Seat { slot: Slot(0), uid, gid: uid, netns: netns.path.clone(), address: [127, 0, 0, 1].into() },
         };
         let consoles = Consoles::new(state.path());
