@@ -233,10 +233,10 @@ def find_build(printer: Printer, client: Client, pipeline: str, commit: str, pol
                 printer.say(f"no build of {commit[:12]} yet{missing}; waiting")
                 told = True
             client.sleep(poll)
-    except TimeIsUp:
+    except TimeIsUp as error:
         # It may be up between two looks or in the middle of one; before the first answer nothing is known.
         known = f"there is no build of {commit[:12]}{missing}; is it pushed?" if told else ""
-        raise TimeIsUp(known) from None
+        raise time_is_up(known, error) from None
 
 
 def follow_build(printer: Printer, client: Client, where: str, poll: float) -> dict[str, Any]:
@@ -260,9 +260,14 @@ def follow_build(printer: Printer, client: Client, where: str, poll: float) -> d
             if build_state in ENDED:
                 return build
             client.sleep(poll)
-    except TimeIsUp:
+    except TimeIsUp as error:
         # It may be up between two looks or in the middle of one.
-        raise TimeIsUp(f"the build is still {build_state}" if build_state else "") from None
+        raise time_is_up(f"the build is still {build_state}" if build_state else "", error) from None
+
+
+def time_is_up(known: str, error: TimeIsUp) -> TimeIsUp:
+    """With what is known of the build, and why the API was not asked again, where it said so."""
+    return TimeIsUp("; ".join(part for part in (known, str(error)) if part))
 
 
 def soft(job: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,20 @@ def run(api: Buildkite, tmp_path: Path):
         return subprocess.run(command(*words), capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
 
     return run
+
+
+@pytest.fixture
+def until_time_is_up(run):
+    """Runs it with little time; with more where all of it went by before the first answer, as on a machine that is busy."""
+
+    def until_time_is_up(*words: str) -> subprocess.CompletedProcess[str]:
+        for patience in ("1", "4", "16"):
+            done = run(*words, "--timeout", patience)
+            if "the API was too slow" not in done.stderr:
+                break
+        return done
+
+    return until_time_is_up
 
 
 def command(*words: str) -> list[str]:
@@ -125,33 +140,39 @@ def test_a_blocked_build_says_that_it_waits_for_somebody(api, run):
     assert "waits until somebody unblocks it" in done.stdout
 
 
-def test_time_over_before_the_end_is_3(api, run):
+def test_time_over_before_the_end_is_3(api, until_time_is_up):
     api.look("running", script(1))
-    done = run(COMMIT, "--timeout", "2")
+    done = until_time_is_up(COMMIT)
     assert done.returncode == 3
     assert "the build is still running" in done.stderr
 
 
-def test_time_over_in_the_middle_of_a_look_says_what_the_last_one_showed(api, run):
+def test_time_over_in_the_middle_of_a_look_says_what_the_last_one_showed(api, until_time_is_up):
     api.look("running", script(1))
-    answer, looks = api.api.answer, []
+    answer, seen, over = api.api.answer, False, threading.Event()
 
     def slow(path: str, headers: dict[str, str]) -> Answer:
+        nonlocal seen
         if path.endswith("/builds/7"):
-            looks.append(path)
-            if len(looks) > 1:
-                time.sleep(5)
+            if seen:
+                over.wait()
+            seen = True
+        else:
+            seen = False
         return answer(path, headers)
 
     api.api.answer = slow
-    done = run(COMMIT, "--timeout", "2")
+    try:
+        done = until_time_is_up(COMMIT)
+    finally:
+        over.set()
     assert done.returncode == 3
     assert "the build is still running" in done.stderr
 
 
-def test_time_over_before_there_is_a_build_is_3(api, run):
+def test_time_over_before_there_is_a_build_is_3(api, until_time_is_up):
     api.builds = []
-    done = run(COMMIT, "--timeout", "2")
+    done = until_time_is_up(COMMIT)
     assert done.returncode == 3
     assert "is it pushed?" in done.stderr
 
@@ -333,8 +354,7 @@ def test_a_redirect_away_from_the_api_never_carries_the_token(api, run):
     api.look("passed")
     api.files["steal"] = b"[]"
     api.first = [(status, {"Location": f"{api.store.url}/steal"}, b"") for status in (301, 307, 308)]
-    api.builds = []
-    run(COMMIT, "--timeout", "1")
+    assert run().returncode == 0
     assert len(api.store.requests) == 3
     assert not [headers for _, headers in api.store.requests if "authorization" in headers]
 
@@ -450,9 +470,9 @@ def test_nobody_listens_is_4(api, run):
 def test_nonsense_is_told_and_no_traceback(api, run, body):
     api.look("passed")
     api.first = [(200, {}, body)]
-    api.builds = []
-    done = run(COMMIT, "--timeout", "0.5")
-    assert done.returncode == (3 if body == b"[1, 2]" else 4)
+    done = run()
+    # What is in a list and is no build is passed over.
+    assert done.returncode == (0 if body == b"[1, 2]" else 4)
     assert "Traceback" not in done.stderr
 
 
@@ -482,13 +502,13 @@ def test_http_to_another_machine_is_refused(api, run):
     assert "unencrypted" in done.stderr
 
 
-def test_head_is_resolved_by_git(api, run, tmp_path):
+def test_head_is_resolved_by_git(api, until_time_is_up, tmp_path):
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(tmp_path)]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     api.builds = []
-    done = run("HEAD", "--timeout", "0.3")
+    done = until_time_is_up("HEAD")
     assert done.returncode == 3
     assert asked(api, f"commit={commit}")
     assert "is it pushed?" in done.stderr
