@@ -15,11 +15,16 @@ build_mortal() {
   build_programs
 }
 
-# The builder's image, and a client of its protocol made of the published crate `mvm-guest`: $bin_dir/clawpot-mvm-client. That
-# crate's dependencies are in a workspace and a target directory of their own. Only tests need either.
-prepare_builder_tests() {
+# A client of the builder's protocol made of the published crate `mvm-guest`: $bin_dir/clawpot-mvm-client. That crate's
+# dependencies are in a workspace and a target directory of their own. Only tests need it.
+build_mvm_client() {
   cargo_run build --locked --target-dir "$target/mvm-client" --manifest-path "$repo/tests/mvm-client/Cargo.toml"
   install -D -m 755 "$target/mvm-client/debug/clawpot-mvm-client" "$bin_dir/clawpot-mvm-client"
+}
+
+# That and the builder's image: what the builder's tests need besides.
+prepare_builder_tests() {
+  build_mvm_client
   "$repo/scripts/setup-builder.sh"
 }
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,8 @@ NESTED_SLOWNESS = 4
 #: Seconds that pytest gives a test (tests/integration/pyproject.toml), times the above.
 TEST_SECONDS = 180
 MARK = "`make test-firecracker`"
+#: pytest's exit codes when every test that it chose has run.
+RAN_ALL = (0, 1)
 #: The last dies where a test says (crates/failpoint).
 PROGRAMS = ("clawpot", "clawpot-server", "clawpot-edge", "clawpot-unpack", "failpoints/clawpot-server")
 #: A client made of another project's crate, for the builder's test; skipped without it.
@@ -159,7 +162,8 @@ def probe() -> tuple[bool, str]:
 
 
 def pytest_words(python: object, marked: bool, factor: int, report: object, more: Sequence[str]) -> list[str]:
-    words = [str(python), "-m", "pytest", f"--timeout={TEST_SECONDS * factor}", f"--junitxml={report}"]
+    # A line for each test as it ends: a run takes an hour, and what fails is looked into while the rest goes on.
+    words = [str(python), "-m", "pytest", "-v", f"--timeout={TEST_SECONDS * factor}", f"--junitxml={report}"]
     return [*words, *(["-m", "firecracker"] if marked else []), *more]
 
 
@@ -254,6 +258,8 @@ def run_nested(programs: Programs, marked: bool, keep: bool, more: Sequence[str]
         if devvm("sync", "--with", str(lane), str(venv)).returncode != 0:
             raise LaneError("the tree could not be copied into the dev VM")
         given = environment(f"{INSIDE}/{lane}/bin", f"{INSIDE}/{lane}/images", inside, slowness(NESTED_SLOWNESS))
+        # The golden image brings them, and the builder's image is copied in: what is missing is a failure.
+        given["CLAWPOT_TEST_REQUIRE_TOOLS"] = "1"
         words = pytest_words(
             f"{INSIDE}/{venv}/bin/python", marked, slowness(NESTED_SLOWNESS), f"{INSIDE}/{lane}/report.xml", more
         )
@@ -272,8 +278,6 @@ def run_nested(programs: Programs, marked: bool, keep: bool, more: Sequence[str]
 
 
 def quoted(words: Sequence[str] | object) -> str:
-    import shlex
-
     return shlex.join(words)  # type: ignore[arg-type]
 
 
@@ -282,10 +286,24 @@ def fetch(command: str, to: Path) -> None:
         devvm("run", command, stdout=file)
 
 
+def may_record(words: argparse.Namespace) -> None:
+    """A row stands for a whole run: a part of it would hide what was not run."""
+    if not words.record:
+        return
+    chosen = words.pytest or shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))
+    if chosen:
+        raise LaneError(
+            f"--record is for a whole run, and pytest's arguments may leave tests out: {shlex.join(chosen)}; "
+            "run it without them, or without --record"
+        )
+
+
 def record(result: Result) -> None:
     """Its row in SPECIFICATION.md, in place of the lane's earlier one."""
     if "+" in result.commit or result.commit == "unknown":
         raise LaneError(f"not recorded: the work tree is not the commit {result.commit.rstrip('+')}")
+    if result.status not in RAN_ALL:
+        raise LaneError(f"not recorded: pytest ended with status {result.status}, so not every test has run")
     SPECIFICATION.write_text(with_row(SPECIFICATION.read_text(), result))
 
 
@@ -345,25 +363,25 @@ def run(words: argparse.Namespace) -> int:
     passed, failed, skipped = counted(report)
     result = Result(lane, at, vmm, passed, failed, skipped, time.monotonic() - begun, status)
     (STAGE / "result.json").write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
-    if words.record:
-        record(result)
     word = "PASSED" if result.good else "FAILED"
     print(f"firecracker lane: {word}: {lane}: {result.counts()}; commit {at}, Firecracker {vmm}", flush=True)
+    if words.record:
+        record(result)
     return 0 if result.good else 1
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="test-firecracker")
     verbs = top.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("find")
     verbs.add_parser("check")
-    go = verbs.add_parser("run")
-    for flag in ("--full", "--keep", "--record"):
-        go.add_argument(flag, action="store_true")
-    where = go.add_mutually_exclusive_group()
-    where.add_argument("--direct", action="store_true")
-    where.add_argument("--nested", action="store_true")
-    go.add_argument("pytest", nargs="*")
+    # Both get the script's arguments: what is wrong with them is said before anything is built.
+    for verb in (verbs.add_parser("find"), verbs.add_parser("run")):
+        for flag in ("--full", "--keep", "--record"):
+            verb.add_argument(flag, action="store_true")
+        where = verb.add_mutually_exclusive_group()
+        where.add_argument("--direct", action="store_true")
+        where.add_argument("--nested", action="store_true")
+        verb.add_argument("pytest", nargs="*")
     return top
 
 
@@ -373,6 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words.verb == "check":
             print("\n".join(f"firecracker lane: {line}" for line in check(SPECIFICATION.read_text())))
             return 0
+        may_record(words)
         if words.verb == "find":
             find_programs()
             return 0

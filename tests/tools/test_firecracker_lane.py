@@ -73,6 +73,34 @@ def test_a_tree_that_is_not_its_commit_is_not_recorded() -> None:
         lane.record(result(commit="0123456789+"))
 
 
+def test_a_part_of_the_suite_is_not_recorded_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is built; a run that was cut short is found out at its end."""
+    env = {**os.environ, "FIRECRACKER_BIN": str(tmp_path / "none")}
+    for words, more in {
+        ("--full", "--record", "--", "-k", "a crash"): {},
+        ("--record", "--", "-x"): {},
+        ("--record",): {"PYTEST_ADDOPTS": "--deselect test_x.py"},
+    }.items():
+        done = subprocess.run(
+            [REPO / "scripts/test-firecracker", *words], env=env | more, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 1 and "FAILED: --record is for a whole run" in done.stderr, (words, done)
+    # Without --record they are what they were.
+    done = subprocess.run(
+        [REPO / "scripts/test-firecracker", "--", "-k", "x"], env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == lane.SKIPPED and "cannot be run" in done.stdout, done
+    specification = tmp_path / "SPECIFICATION.md"
+    specification.write_text(SPECIFICATION)
+    monkeypatch.setattr(lane, "SPECIFICATION", specification)
+    for status in (2, 3, 4, 5, 255):
+        with pytest.raises(lane.LaneError, match=f"status {status}"):
+            lane.record(result(status=status))
+    assert specification.read_text() == SPECIFICATION
+    lane.record(result(status=1, failed=1))
+    assert "1 failed" in specification.read_text()
+
+
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(lane, "REPO", tmp_path)

@@ -42,6 +42,7 @@ BASE = [
     "docker-registry",
     "skopeo",
     "umoci",
+    "buildah",
 ]
 #: Besides that, what building Clawpot and its images needs.
 TOOLCHAIN = [

@@ -36,6 +36,8 @@ MASKED = [
     "systemd-resolved.service",
     "nftables.service",
     "rsync.service",
+    # The tests start registries of their own.
+    "docker-registry.service",
     "systemd-update-utmp.service",
     "systemd-journal-flush.service",
     "systemd-update-utmp-runlevel.service",
