@@ -177,6 +177,49 @@ def test_its_group_limits_it(server: Server, vm: str, controller: str) -> None:
         assert 100_000 <= first("cpu.max", "cpu.cfs_quota_us") <= 100_000 * (1 + int(found["vcpus"]))
 
 
+def _own_memory(server: Server, vm: str) -> float:
+    """What is resident of its VMM beside the guest's memory, MiB."""
+    mappings: list[tuple[str, dict[str, int]]] = []
+    for line in (_proc(server, vm) / "smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            mappings.append((words[1], {}))
+        elif words[-1] == "kB":
+            mappings[-1][1][words[0]] = int(words[1])
+    guest = int(server.cli.inspect(vm)["memory_mib"]) << 10
+    # A VMM keeps it in one mapping, and only QEMU has another that is as large.
+    large = [told for rights, told in mappings if rights.startswith("rw-") and told["Size:"] >= guest]
+    assert large, f"no mapping of {guest} KiB"
+    memory = min(large, key=lambda told: told["Size:"])
+    assert memory["Rss:"] <= guest, memory
+    return (sum(told["Rss:"] for _, told in mappings) - memory["Rss:"]) / 1024
+
+
+def test_what_it_takes_beside_its_guest_is_no_more_than_what_is_counted(server: Server, vm: str) -> None:
+    """Admission counts it (crates/core/src/admission.rs): a host full of VMs must not be out of memory by what is not."""
+
+    def counted() -> int:
+        return int(server.cli("host", "-o", "json").ok().json["budgets"]["vmm_memory_mib"])
+
+    each = int(server.cli("host", "-o", "json").ok().json["budgets"]["vmm_memory_each_mib"])
+    _stays_within(server, vm, each)
+    before = counted()
+    server.cli("create", "--wait", "--name", "pair", "--vcpus", "2", "--memory", "256MiB", "debian").ok()
+    _stays_within(server, "pair", counted() - before)
+    server.cli("rm", "--force", "pair").ok()
+
+
+def _stays_within(server: Server, name: str, budget: int) -> None:
+    idle = _own_memory(server, name)
+    # Disk, processors and the way of output, all at once.
+    busy = "head -c 8m /dev/urandom >/root/busy; sync; md5sum /root/busy; cat /root/busy"
+    work = f"for n in $(seq $(nproc)); do ({busy}) & done; wait; rm /root/busy"
+    assert len(server.cli.sh(name, work, timeout=120).ok().stdout) > 8 << 20
+    at_work = _own_memory(server, name)
+    print(f"{_vmm(server, name)} of {name}: {idle:.1f} MiB idle, {at_work:.1f} at work, {budget} counted")
+    assert idle > 0 and at_work <= budget, f"{idle:.1f} MiB, then {at_work:.1f}; {budget} are counted"
+
+
 #: Tries each door and prints what came of it: "open", or the error's name.
 DOORS = r"""
 import errno, json, os, socket, sys
