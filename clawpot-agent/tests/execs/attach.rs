@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::support::{MEMORY, Session, attach, guest, guest_with, shell};
+use crate::support::{LONG, MEMORY, Session, attach, guest, guest_with, shell};
 use bytes::Bytes;
 use clawpot_common::v1::exec_failed::Reason;
 use clawpot_common::v1::exec_input::Frame as In;
@@ -138,7 +138,10 @@ async fn without_acknowledgement_the_process_stands_still() {
     let stuck = drain(&mut session).await;
     assert!(guest.execs.budget.used() <= 2 * (256 << 10), "{}", guest.execs.budget.used());
     session.send(In::Ack(ExecAck { stdout_offset: session.stdout, stderr_offset: session.stderr })).await;
-    assert!(drain(&mut session).await > stuck);
+    while session.stdout <= stuck {
+        tokio::time::timeout(LONG, session.next()).await.expect("it goes on").unwrap().unwrap();
+    }
+    drain(&mut session).await;
     // A hang-up gets through however full everything is.
     session.send(In::Hangup(ExecHangup {})).await;
     assert_eq!(session.finish().await.signal(), Some(9));
@@ -149,8 +152,10 @@ async fn a_caller_that_is_lost_for_long_loses_the_oldest() {
     let Some(guest) = guest_with(Duration::from_millis(300)).await else { return };
     let asked = shell("head -c 3000000 /dev/zero; echo end");
     let id = asked.exec_id.clone();
-    drop(guest.open(In::Start(asked)).await);
-    tokio::time::sleep(Duration::from_millis(900)).await;
+    let mut lost = guest.open(In::Start(asked)).await;
+    assert!(matches!(lost.next().await, Some(Ok(Out::Started(_)))));
+    drop(lost);
+    guest.wait_for_no_process().await;
     let mut session = guest.open(attach(&id, 0, 0)).await;
     session.next().await.unwrap().unwrap();
     match session.next().await.unwrap().unwrap() {
@@ -202,10 +207,12 @@ async fn what_was_sent_twice_counts_once_and_a_gap_is_refused() {
 #[tokio::test]
 async fn a_process_that_does_not_read_is_no_obstacle() {
     let Some(guest) = guest().await else { return };
-    let mut session = guest.open(In::Start(with_stdin("exec 0<&-; echo ready; sleep 2; echo bye"))).await;
+    let go = guest.dir.path().join("go");
+    let script = format!("exec 0<&-; echo ready; until [ -e {} ]; do sleep 0.05; done; echo bye", go.display());
+    let mut session = guest.open(In::Start(with_stdin(&script))).await;
     session.first_output().await;
     let total = u64::try_from(64 * EXEC_CHUNK).unwrap();
-    let run = pump(session, total).await;
+    let run = pump(session, total, || drop(std::fs::File::create(go).unwrap())).await;
     assert_eq!((run.0, run.1), (total, 4));
 }
 
@@ -215,7 +222,7 @@ async fn sixty_four_mib_in_and_out_in_constant_memory() {
     let total = 64 << 20;
     let session = guest.open(In::Start(with_stdin("cat"))).await;
     let before = resident();
-    let (acked, out) = pump(session, total).await;
+    let (acked, out) = pump(session, total, || {}).await;
     assert_eq!((acked, out), (total, total));
     let grown = resident().saturating_sub(before);
     assert!(grown < 16 << 20, "{grown} bytes more than before");
@@ -223,8 +230,8 @@ async fn sixty_four_mib_in_and_out_in_constant_memory() {
 }
 
 /// Sends `total` bytes as a caller should: never more than the window on the way. Checks what comes back.
-/// Returns bytes of stdin acknowledged and of stdout received.
-async fn pump(session: Session, total: u64) -> (u64, u64) {
+/// Returns bytes of stdin acknowledged and of stdout received. `acknowledged` is called when all have been.
+async fn pump(session: Session, total: u64, acknowledged: impl FnOnce()) -> (u64, u64) {
     let Session { send, mut output, stdout, .. } = session;
     let (acks, mut acked) = tokio::sync::watch::channel(0);
     let byte = |at: u64| u8::try_from(at % 251).unwrap();
@@ -248,7 +255,7 @@ async fn pump(session: Session, total: u64) -> (u64, u64) {
     };
     let receiving = async move {
         let mut got = stdout;
-        let mut told = 0;
+        let (mut told, mut acknowledged) = (0, Some(acknowledged));
         while let Some(frame) = output.message().await.unwrap() {
             match frame.frame.unwrap() {
                 Out::Stdout(data) => {
@@ -263,6 +270,11 @@ async fn pump(session: Session, total: u64) -> (u64, u64) {
                 Out::StdinAck(ack) => {
                     told = ack.offset;
                     acks.send_replace(told);
+                    if told == total
+                        && let Some(acknowledged) = acknowledged.take()
+                    {
+                        acknowledged();
+                    }
                 }
                 Out::Exited(_) => return (told, got - stdout),
                 Out::Started(_) => {}

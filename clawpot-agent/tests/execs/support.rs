@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use clawpot_agent::exec::{Cgroups, Shared, Surroundings};
@@ -20,6 +20,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
+
+/// Far more than anything here takes.
+pub const LONG: Duration = Duration::from_secs(60);
 
 /// The execs' memory budget in these tests, bytes.
 pub const MEMORY: usize = 8 << 20;
@@ -180,6 +183,14 @@ impl Guest {
         send.send(ExecInput { frame: Some(first) }).await.unwrap();
         let output = self.client.clone().exec(ReceiverStream::new(receive)).await.unwrap().into_inner();
         Session { send, output, stdout, stderr, acks: true }
+    }
+
+    pub async fn wait_for_no_process(&self) {
+        let begun = Instant::now();
+        while !self.execs.cgroups.is_empty().unwrap() {
+            assert!(begun.elapsed() < LONG, "processes are left");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// Runs to its end without input.

@@ -224,7 +224,7 @@ async fn a_silent_agent_is_given_up_and_its_words_are_cut() {
     let begun = Instant::now();
     let error = client.hello(&machine(1), &GuestEndpoint::Vsock(silent)).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Timeout);
-    assert!(begun.elapsed() < Duration::from_secs(4));
+    assert!(begun.elapsed() < Duration::from_secs(60), "it would hang for ever");
     let hello = client.hello(&machine(2), &GuestEndpoint::Vsock(loud)).await.unwrap();
     assert!(hello.kernel_release.len() <= 500 && !hello.kernel_release.contains('\x1b'));
 }
@@ -307,6 +307,6 @@ async fn an_exec_whose_output_nobody_holds_has_no_input_any_more() {
     let mut output = client.exec(&machine(1), &GuestEndpoint::Vsock(socket), open_for_ever).await.unwrap();
     assert!(matches!(output.next().await, Some(Ok(ExecOutput::Started { .. }))));
     drop(output);
-    tokio::time::timeout(Duration::from_secs(5), is_over.recv()).await.unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(60), is_over.recv()).await.unwrap().unwrap();
     server.abort();
 }
