@@ -96,6 +96,16 @@ def listener() -> Iterator[int]:
         yield int(server.getsockname()[1])
 
 
+def test_what_cannot_be_launched_is_said_before_an_image_is_built(inner: Run) -> None:
+    for words, said in {
+        ("--payload", "/nowhere/package.tar"): "/nowhere/package.tar is not a file",
+        ("--memory", "12"): "MiB, at least 512",
+        ("--cpus", "none"): "a number from 1 to 64",
+    }.items():
+        done = inner("launch", *words)
+        assert done.returncode != 0 and said in done.stderr and "golden" not in done.stderr, done
+
+
 def test_inner_vms_alone_are_ours(inner: Run, vm_dir: Path) -> None:
     """A dev VM in the same directory is not touched, whoever's name is given."""
     id = "0" * 12

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vmlab import accel, devvm, golden, host, machine, qemu, recipe
+from vmlab import accel, devvm, golden, host, machine, qemu, recipe, sizes
 from vmlab.errors import LabError, Lacking
 
 KVM_NONE = accel.Accel("tcg", "for a test", True)
@@ -55,10 +55,10 @@ def test_a_pid_file_of_another_process_is_nobodys(tmp_path: Path) -> None:
 
 
 def test_memory_is_in_mib() -> None:
-    assert [devvm.memory(text) for text in ("4096", "4G", "512M", "2g")] == [4096, 4096, 512, 2048]
+    assert [sizes.memory(text) for text in ("4096", "4G", "512M", "2g")] == [4096, 4096, 512, 2048]
     for wrong in ("", "4T", "-1", "100", "1.5G", "4 G"):
         with pytest.raises(argparse.ArgumentTypeError):
-            devvm.memory(wrong)
+            sizes.memory(wrong)
 
 
 def plain_recipe(*packages: str) -> recipe.Recipe:

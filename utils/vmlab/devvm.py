@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from . import accel, golden, host, qemu, recipe, ssh
+from . import accel, golden, host, qemu, recipe, sizes, ssh
 from .errors import LabError
 from .machine import Machine, Record, new_id
 
@@ -209,21 +209,6 @@ def status(arguments: argparse.Namespace) -> int:
     return 0 if running else STOPPED
 
 
-def memory(text: str) -> int:
-    """MiB; with G or M as well."""
-    found = re.fullmatch(r"(\d+)([MG]?)", text, re.IGNORECASE)
-    mib = int(found[1]) << (10 if found[2].upper() == "G" else 0) if found else 0
-    if not 512 <= mib <= 1 << 20:
-        raise argparse.ArgumentTypeError(f"{text!r}: MiB, at least 512, such as 4096 or 4G")
-    return mib
-
-
-def cpus(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 64:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number from 1 to 64")
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="devvm", description="A VM with /dev/kvm to build and test this work tree in. See docs/devvm.md."
@@ -239,8 +224,8 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--rebuild", action="store_true", help="build the golden image anew, although nothing in its recipe changed"
     )
-    up.add_argument("--cpus", type=cpus, help="default: all of the machine's with KVM, 1 emulated")
-    up.add_argument("--memory", type=memory, metavar="MIB", help="default: 4096; 2048 with --profile small")
+    up.add_argument("--cpus", type=sizes.cpus, help="default: all of the machine's with KVM, 1 emulated")
+    up.add_argument("--memory", type=sizes.memory, metavar="MIB", help="default: 4096; 2048 with --profile small")
     up.add_argument("--profile", choices=sorted(recipe.PROFILES), default="dev", help="small: no compilers and no Rust")
     send = verb("sync", sync, f"copies the work tree to {ssh.INSIDE} in the VM")
     what = "also this of the excluded (.git, target, assets, .venv); may be repeated"

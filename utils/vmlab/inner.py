@@ -13,8 +13,8 @@ from .machine import Machine, Record
 
 Say = Callable[[str], None]
 PROFILE = "small"
-#: Room for two guests, server and tests.
-MEMORY_MIB = 2048
+#: Room for two guests, the image builder's of 1 GiB, server and tests.
+MEMORY_MIB = 3072
 #: No run of CI takes longer: seconds. An inner VM that is older is nobody's, whatever its record says.
 OLDEST = 6 * 3600
 #: What is worth keeping of a run: where it is inside, and what it is called outside.
@@ -44,6 +44,9 @@ class Wanted:
 def launch(say: Say, wanted: Wanted) -> Machine:
     """Boots one; on a failure nothing of it is left."""
     host.need_tools(["qemu-system-x86_64", "qemu-img", "ssh", "ssh-keygen", "rsync"])
+    # Before minutes of building for a VM that cannot come up.
+    if wanted.payload and not wanted.payload.is_file():
+        raise LabError(f"--payload: {wanted.payload} is not a file", "ci/package --out FILE makes one")
     host.need_memory(wanted.memory_mib + machine.OVERHEAD_MIB, f"an inner VM of {wanted.memory_mib} MiB")
     state = host.make_directory(host.state_root())
     made: list[Machine] = []
