@@ -14,7 +14,7 @@ from conftest import LIVING
 from harness.cli import Cli, binaries
 from harness.crashes import Mortal, all_points, program
 from harness.server import Server
-from harness.tools import until, within
+from harness.tools import run, until, within
 from harness.world import World
 
 
@@ -62,6 +62,12 @@ def test_what_is_in_a_volume_outlives_vms(server: Server) -> None:
     assert cli.inspect("reader")["volumes"] == [{"volume": "data", "path": "/srv/data", "read_only": True}]
     cli("create", "--volume", "data:/x", "debian").fails(1, "VM reader reads it")
     cli("rm", "reader").ok()
+    # A VM that is deleted unmounts what it writes to: nobody said "sync" here.
+    cli("run", "--rm", "--volume", "data:/srv", "debian", "--", "sh", "-c", "echo last > /srv/last").ok()
+    left = _volume(cli, "data")
+    assert not left["unclean"], left
+    file = server.state_dir / "volumes" / f"{left['id']}.ext4"
+    assert run("debugfs", "-R", "cat /last", file) == "last\n"
     copied = cli("volume", "cp", "data", "copy", "-o", "json").ok().json
     assert copied["copied"] in ("reflink", "sparse") and copied["size_mib"] == 512, copied
     assert [one["name"] for one in cli("volume", "ls", "-o", "json").ok().json] == ["copy", "data"]

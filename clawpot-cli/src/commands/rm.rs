@@ -15,7 +15,7 @@ use crate::watch::{Goal, Wait};
 /// Delete VMs with their disks, in any phase
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Also those in quarantine, whose record or identity cannot be trusted
+    /// Also those in quarantine, whose record or identity cannot be trusted; no guest is asked to unmount its volumes
     #[arg(short, long)]
     force: bool,
     /// Return when it is asked for, not when it is done

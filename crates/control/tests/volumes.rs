@@ -3,10 +3,14 @@
 
 mod support;
 
+use std::time::Duration;
+
+use clawpot_control::Settings;
 use clawpot_control::service::create::CreateVm;
 use clawpot_core::volume::VolumeState;
 use clawpot_core::{DiskSource, ExtraDisk, Phase};
 use clawpot_testkit::volumes::{FakeFile, Fault};
+use clawpot_testkit::{Method, Shutdown};
 use clawpot_types::{Error, Kind, MiB, Result, VmId, VolumeId, VolumeName};
 use support::{House, wanted};
 
@@ -133,6 +137,45 @@ async fn it_is_checked_after_an_unclean_end_and_only_then() {
     assert!(house.service().get_volume(&name("db")).await.unwrap().record.unclean);
     house.start(&vm).await;
     assert_eq!(checks(&house), 1);
+}
+
+/// What its guest has not written yet is to outlive the VM as well: it is asked to unmount, and not waited for for ever.
+#[tokio::test(start_paused = true)]
+async fn a_delete_lets_the_guest_unmount_what_it_writes_to() {
+    let mut house = House::new().await;
+    make(&house, "db").await;
+    let running = async |house: &House, vm: &str, read_only: bool| {
+        let vm = create(house, vm, &[("db", read_only)]).await.unwrap();
+        house.until(&vm, Some(Phase::Running)).await;
+        vm
+    };
+    let vm = running(&house, "writer", false).await;
+    house.delete(&vm).await;
+    assert_eq!((house.faults.count(Method::GuestShutdown), house.faults.count(Method::VmmStop)), (1, 0));
+    // Who only reads has nothing to write.
+    let vm = running(&house, "reader", true).await;
+    house.delete(&vm).await;
+    assert_eq!((house.faults.count(Method::GuestShutdown), house.faults.count(Method::VmmStop)), (1, 1));
+    house.host.set_shutdown(Shutdown::Ignored);
+    let vm = running(&house, "stubborn", false).await;
+    let asked = tokio::time::Instant::now();
+    house.delete(&vm).await;
+    let grace = Duration::from(Settings::default().stop_grace);
+    assert!((grace..grace * 2).contains(&asked.elapsed()), "{:?}", asked.elapsed());
+    let vm = running(&house, "forced", false).await;
+    let asked = tokio::time::Instant::now();
+    house.service().delete(vm.as_str(), true, "uid=0").await.unwrap();
+    house.until(&vm, None).await;
+    assert!(asked.elapsed() < Duration::from_millis(200), "{:?}", asked.elapsed());
+    // A daemon that dies meanwhile: the next one asks again, and no longer than the first would have.
+    let vm = running(&house, "adopted", false).await;
+    let asked = tokio::time::Instant::now();
+    house.service().delete(vm.as_str(), false, "uid=0").await.unwrap();
+    tokio::time::sleep(grace / 2).await;
+    house.restart().await;
+    house.until(&vm, None).await;
+    assert!((grace..grace * 2).contains(&asked.elapsed()), "{:?}", asked.elapsed());
+    assert_eq!(house.faults.count(Method::GuestShutdown), 4);
 }
 
 #[tokio::test(start_paused = true)]

@@ -79,6 +79,14 @@ pub struct VmSpec {
     pub reach: Reach,
 }
 
+impl VmSpec {
+    /// Whether what its guest writes is to outlive the VM.
+    #[must_use]
+    pub fn writes_volumes(&self) -> bool {
+        self.extra_disks.iter().any(|disk| !disk.read_only && matches!(disk.source, DiskSource::Volume(_)))
+    }
+}
+
 /// Whom a guest reaches over its network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -207,12 +207,12 @@ fn record() -> impl Strategy<Value = VmRecord> {
         prop::sample::select(phases),
         prop::sample::select(Desired::ALL.to_vec()),
         0u64..3,
-        any::<[bool; 4]>(),
+        any::<[bool; 5]>(),
         prop::option::of(0u64..3),
         (policy(), prop::option::of(0u64..1000), prop::option::of(0u64..1000)),
     );
     parts.prop_map(|(phase, desired, incarnation, flags, failed, (policy, restart_at, expires_at))| {
-        let [old_boot, deadline, remove_when_done, disk_made] = flags;
+        let [old_boot, deadline, remove_when_done, disk_made, writes] = flags;
         let second = |second: u64| Timestamp(support::START.0 + second * 1_000_000);
         let mut record = support::record();
         record.phase = phase;
@@ -226,6 +226,7 @@ fn record() -> impl Strategy<Value = VmRecord> {
         record.deadline = deadline.then_some(Timestamp(support::START.0 + 500_000_000));
         record.remove_when_done = remove_when_done;
         record.disk_made = disk_made;
+        record.spec.extra_disks.extend(writes.then(support::written));
         record.restart = Restart { policy, attempts: 3, at: restart_at.map(second) };
         record.expires_at = expires_at.map(second);
         let failed = failed.filter(|_| phase == Phase::Failed);
@@ -337,11 +338,15 @@ fn scenarios() -> Vec<(&'static str, World, Option<Request>, Option<Phase>)> {
     let mut stopped = running();
     stopped.happen(Event::Asked(Request::Stop));
     assert_eq!(stopped.settle().phase, Some(Phase::Stopped));
+    let mut writing = accepted();
+    writing.record.as_mut().unwrap().spec.extra_disks.push(support::written());
+    assert_eq!(writing.settle().phase, Some(Phase::Running));
     vec![
         ("create", accepted(), None, Some(Phase::Running)),
         ("stop", running(), Some(Request::Stop), Some(Phase::Stopped)),
         ("start", stopped.clone(), Some(Request::Start), Some(Phase::Running)),
         ("delete what runs", running(), Some(Request::Delete), None),
+        ("delete what writes to a volume", writing, Some(Request::Delete), None),
         ("delete what is stopped", stopped, Some(Request::Delete), None),
     ]
 }

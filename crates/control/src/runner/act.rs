@@ -1,5 +1,7 @@
 //! One step: the record says to whom and with what.
 
+use std::time::Duration;
+
 use clawpot_core::facts::GuestFact;
 use clawpot_core::plan::Step;
 use clawpot_core::ports::{Machine, Vmm};
@@ -11,6 +13,9 @@ use tracing::info;
 use super::Runner;
 use crate::live::Link;
 use crate::service::volume;
+
+/// What a guest's processes get to end by themselves where the VM is deleted and only its volumes have to be unmounted.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Runner {
     pub(super) async fn act(&self, step: Step, record: &VmRecord) -> Result<()> {
@@ -94,8 +99,9 @@ impl Runner {
     async fn ask_shutdown(&self, record: &VmRecord) -> Result<()> {
         let link = self.link(record)?;
         // Half of what is left, so that the guest's own patience ends before ours.
-        let left = record.deadline.map_or(std::time::Duration::ZERO, |deadline| deadline.since(self.deps.clock.now()));
-        let grace = Millis(u64::try_from(left.as_millis() / 2).unwrap_or(u64::MAX));
+        let left = record.deadline.map_or(Duration::ZERO, |deadline| deadline.since(self.deps.clock.now()));
+        let most = if record.phase == Phase::Deleting { PATIENCE } else { left };
+        let grace = Millis(u64::try_from((left / 2).min(most).as_millis()).unwrap_or(u64::MAX));
         self.deps.guest.shutdown(&link.machine, &link.endpoint, grace).await?;
         failpoint::reached(Point::GuestAsked);
         self.lives.set_guest(&record.id, GuestFact::ShuttingDown);

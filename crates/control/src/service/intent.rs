@@ -58,7 +58,13 @@ impl Service {
             return to_its_end(async move { this.force(&id, revision, &actor).await.map(|()| id) }).await;
         }
         let request = if force { Request::Force } else { Request::Delete };
-        let (_, record) = self.change(id.as_str(), request, Some(Desired::Deleted), |_, _| {}, actor).await?;
+        let set = move |record: &mut VmRecord, _| {
+            if force {
+                // Its guest is not asked to unmount its volumes.
+                record.stop_grace = Millis(0);
+            }
+        };
+        let (_, record) = self.change(id.as_str(), request, Some(Desired::Deleted), set, actor).await?;
         if force {
             self.end_strangers(&record).await?;
         }

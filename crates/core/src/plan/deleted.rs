@@ -1,13 +1,15 @@
 //! Goal: nothing of the VM exists. Wins from any phase, and never gives up.
 
+use std::time::Duration;
+
 use super::{Next, Step, View};
 use crate::{Fact, Phase};
 
 pub(super) fn plan(view: &View<'_>) -> Next {
     if view.record.phase != Phase::Deleting {
-        return view.become_phase(Phase::Deleting);
+        return Next::Become { phase: Phase::Deleting, limit: unmounting(view) };
     }
-    if let Some(next) = view.tear_down() {
+    if let Some(next) = view.ask_down().or_else(|| view.tear_down()) {
         return next;
     }
     for (fact, step) in [(&view.facts.disk, Step::RemoveDisk), (&view.facts.traces, Step::RemoveTraces)] {
@@ -18,4 +20,17 @@ pub(super) fn plan(view: &View<'_>) -> Next {
         }
     }
     Next::Forget
+}
+
+/// How long the guest has to write to its volumes what it has only in its memory: they outlive the VM. `None`: it has nothing to
+/// write, or cannot be asked.
+fn unmounting(view: &View<'_>) -> Option<Duration> {
+    let record = view.record;
+    match record.phase {
+        _ if !record.spec.writes_volumes() => None,
+        Phase::Running => Some(record.stop_grace.into()),
+        // It was asked already.
+        Phase::Stopping => record.deadline.map(|deadline| deadline.since(view.now)),
+        _ => None,
+    }
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use clawpot_types::{Kind, Retry, Timestamp};
 
+use crate::facts::GuestFact;
 use crate::{Desired, Fact, Facts, LastWords, Phase, VmRecord, VmmEnd, VmmFact};
 
 /// An effect. Each is idempotent and is named from the record.
@@ -228,6 +229,20 @@ impl View<'_> {
 
     fn overdue(&self) -> bool {
         self.record.deadline.is_some_and(|deadline| self.now >= deadline)
+    }
+
+    /// Lets the guest end by itself until the record's deadline; `None`: it has, or has had its time.
+    fn ask_down(&self) -> Option<Next> {
+        let in_time = self.record.deadline.is_some_and(|deadline| self.now < deadline);
+        let Fact::Present(VmmFact::Running { attached }) = self.facts.vmm else { return None };
+        if self.rebooted || !in_time {
+            return None;
+        }
+        Some(match (attached, self.facts.guest) {
+            (false, _) => Next::Do(Step::AttachVmm),
+            (true, GuestFact::ShuttingDown) => Next::Wait { until: self.record.deadline },
+            (true, _) => Next::Do(Step::AskShutdown),
+        })
     }
 
     /// Removes process, jail and network, in this order; `None` when none is left.

@@ -1,8 +1,7 @@
 //! Goal: no process, no network; the disk stays.
 
-use super::{Next, Step, View, running};
-use crate::facts::GuestFact;
-use crate::{Fact, Phase, VmmFact};
+use super::{Next, View, running};
+use crate::Phase;
 
 pub(super) fn plan(view: &View<'_>) -> Next {
     match view.record.phase {
@@ -15,13 +14,5 @@ pub(super) fn plan(view: &View<'_>) -> Next {
 }
 
 fn stopping(view: &View<'_>) -> Next {
-    let alive = matches!(view.facts.vmm, Fact::Present(VmmFact::Running { .. }));
-    if alive && !view.rebooted && !view.overdue() {
-        return match (&view.facts.vmm, view.facts.guest) {
-            (Fact::Present(VmmFact::Running { attached: false }), _) => Next::Do(Step::AttachVmm),
-            (_, GuestFact::ShuttingDown) => Next::Wait { until: view.record.deadline },
-            _ => Next::Do(Step::AskShutdown),
-        };
-    }
-    view.tear_down().unwrap_or_else(|| view.become_phase(Phase::Stopped))
+    view.ask_down().or_else(|| view.tear_down()).unwrap_or_else(|| view.become_phase(Phase::Stopped))
 }

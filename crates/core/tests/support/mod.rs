@@ -5,7 +5,9 @@
 use std::collections::BTreeMap;
 
 use clawpot_core::record::RECORD_VERSION;
-use clawpot_core::{Desired, Failure, ImagePin, Phase, Reach, Restart, RestartPolicy, VmRecord, VmSpec};
+use clawpot_core::{
+    Desired, DiskSource, ExtraDisk, Failure, ImagePin, Phase, Reach, Restart, RestartPolicy, VmRecord, VmSpec,
+};
 use clawpot_types::{Digest, Generation, ImageRef, Incarnation, Kind, MiB, Millis, Slot, Timestamp, Vcpus, VmId};
 
 pub const START: Timestamp = Timestamp(1_800_000_000_000_000);
@@ -53,6 +55,13 @@ pub fn record() -> VmRecord {
         ttl: None,
         expires_at: None,
     }
+}
+
+/// A volume that the VM writes to.
+#[allow(clippy::unwrap_used, reason = "the names are constants")]
+pub fn written() -> ExtraDisk {
+    let source = DiskSource::Volume("data".parse().unwrap());
+    ExtraDisk { source, read_only: false, mount: Some("/srv".parse().unwrap()) }
 }
 
 /// Of a boot.
