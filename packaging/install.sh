@@ -76,8 +76,9 @@ sysctl_with_memory() {
   local key
   cat -- "$here/sysctl.conf"
   if [[ -n $destdir ]]; then return; fi
-  if grep -s '^# before: ' "$sysctl_file"; then return; fi
-  for key in $(sysctl_keys "$here/sysctl.conf"); do echo "# before: $key = $(cat "/proc/sys/${key//.//}")"; done
+  for key in $(sysctl_keys "$here/sysctl.conf"); do
+    grep -s "^# before: $key = " "$sysctl_file" || echo "# before: $key = $(cat "/proc/sys/${key//.//}")"
+  done
 }
 
 sysctl_keys() { sed -n 's/^\([a-z0-9_.]*\) *=.*/\1/p' -- "$1"; }

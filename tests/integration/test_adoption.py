@@ -124,7 +124,7 @@ def test_a_recycled_pid_is_not_adopted(quick: Server, sleeper: subprocess.Popen[
     identity |= {"pid": sleeper.pid, "start_ticks": _start_ticks(sleeper.pid), "exe": [program.st_dev, program.st_ino]}
     path.write_text(json.dumps(identity))
     quick.start()
-    quick.cli("wait", "--for", "failed", "--timeout", "20s", "unseen").ok()
+    quick.cli("wait", "--for", "failed", "--timeout", "60s", "unseen").ok()
     quick.cli("rm", "unseen").ok()
     assert sleeper.poll() is None
 
@@ -134,7 +134,7 @@ def test_a_stranger_in_a_machines_cgroup(quick: Server, sleeper: subprocess.Pope
     """Not taken for the machine, not ended; that is for the VM's owner to say. Nor if it came by the machine's number."""
     vm_id, group = _intruded(quick, sleeper, ticks)
     quick.start()
-    until(lambda: quick.cli.inspect("unseen")["phase"] == "quarantined", seconds=20, what="its quarantine")
+    until(lambda: quick.cli.inspect("unseen")["phase"] == "quarantined", seconds=60, what="its quarantine")
     failure = quick.cli.inspect("unseen")["failure"]
     assert "another is in its cgroup" in failure["message"] and str(sleeper.pid) in failure["message"], failure
     assert "rm --force unseen" in failure["hint"], failure
@@ -143,7 +143,7 @@ def test_a_stranger_in_a_machines_cgroup(quick: Server, sleeper: subprocess.Pope
     quick.cli("rm", "unseen").fails(1, "another is in its cgroup")
     assert sleeper.poll() is None and (group / "cgroup.procs").read_text().split() == [str(sleeper.pid)]
     quick.cli("rm", "--force", "unseen").ok()
-    assert sleeper.wait(10) == -signal.SIGKILL
+    assert sleeper.wait(60) == -signal.SIGKILL
     assert not [thing for thing in quick.traces.now() if vm_id in thing]
 
 
@@ -151,9 +151,9 @@ def test_a_stranger_leaves_a_machines_cgroup(quick: Server, sleeper: subprocess.
     """What became of the machine is said then."""
     _, group = _intruded(quick, sleeper, 0)
     quick.start()
-    until(lambda: quick.cli.inspect("unseen")["phase"] == "quarantined", seconds=20, what="its quarantine")
+    until(lambda: quick.cli.inspect("unseen")["phase"] == "quarantined", seconds=60, what="its quarantine")
     (group.parent / "cgroup.procs").write_text(str(sleeper.pid))
-    until(lambda: quick.cli.inspect("unseen")["phase"] == "failed", seconds=20, what="the machine's end to be told")
+    until(lambda: quick.cli.inspect("unseen")["phase"] == "failed", seconds=60, what="the machine's end to be told")
     quick.cli("rm", "unseen").ok()
     assert sleeper.poll() is None
 
@@ -290,8 +290,8 @@ def test_strays_are_reaped_and_strangers_are_not(server: Server, vm: str, make_s
         # Its slot is given to nobody meanwhile.
         mine.cli("create", "--name", "next", "debian").ok()
         assert mine.vmm_pids(vm_id), "it was ended within the grace time"
-        until(lambda: not mine.vmm_pids(vm_id), seconds=20, what="the stray machine's end")
-        until(lambda: len(strangers.slots_of_mine()) == 1, seconds=20, what="the stray slot's end")
+        until(lambda: not mine.vmm_pids(vm_id), seconds=60, what="the stray machine's end")
+        until(lambda: len(strangers.slots_of_mine()) == 1, seconds=60, what="the stray slot's end")
         mine.cli("rm", "next").ok()
         mine.cli("image", "ls").ok()
         until(lambda: not strangers.slots_of_mine(), what="the end of the last slot")

@@ -132,6 +132,6 @@ def test_a_vmm_that_died_while_no_server_ran(server: Server, sibling: str) -> No
         os.kill(pid, signal.SIGKILL)
     until(lambda: not server.vmm_pids(vm_id), what="the VMM's end")
     server.start()
-    server.cli("wait", "--for", "failed", "--timeout", f"{within(10):.0f}s", sibling).ok()
+    server.cli("wait", "--for", "failed", "--timeout", f"{within(60):.0f}s", sibling).ok()
     assert server.cli.inspect(sibling)["failure"]["during"] == "running"
     server.cli("start", sibling).ok()

@@ -86,7 +86,7 @@ def test_a_timeout_kills_the_whole_tree(server: Server, vm: str) -> None:
     script = "setsid sleep 4711 & (setsid sh -c 'sleep 4712; sleep 4713' &) ; trap '' TERM; sleep 4714; sleep 4715"
     done = server.cli.sh(vm, script, "--timeout", "2s")
     done.fails(124)
-    assert done.seconds < within(10)
+    assert done.seconds < within(60), "not the end of its sleeps"
     assert server.cli.sh(vm, "grep -lazE '^sleep.471' /proc/[0-9]*/cmdline; true").ok().text == ""
 
 
@@ -94,7 +94,7 @@ def test_what_a_command_leaves_behind_does_not_hold_it_up(server: Server, vm: st
     """A background process that keeps the output open: the exec ends with its main process, and so does that process."""
     done = server.cli.sh(vm, "sleep 4720 & echo started", timeout=30).ok()
     assert done.text == "started\n"
-    assert done.seconds < within(8)
+    assert done.seconds < within(30)
 
 
 @pytest.mark.firecracker
@@ -104,7 +104,7 @@ def test_a_signal_to_the_command_line_reaches_the_command(server: Server, vm: st
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=within(20))
+    out, errors = process.communicate(timeout=within(60))
     assert (out, process.returncode) == (b"caught\n", 3), errors
 
 
@@ -164,7 +164,7 @@ def test_a_client_that_vanishes_harms_nothing(server: Server, vm: str) -> None:
     first = int(server.cli.sh(vm, "cat /tmp/vanished").ok().text)
     time.sleep(1)
     assert int(server.cli.sh(vm, "cat /tmp/vanished").ok().text) > first
-    until(lambda: server.cli.sh(vm, "cat /tmp/vanished").ok().text == "30\n", seconds=20, what="the end of the command")
+    until(lambda: server.cli.sh(vm, "cat /tmp/vanished").ok().text == "30\n", seconds=60, what="the end of the command")
 
 
 def test_many_at_once(server: Server, vm: str) -> None:
@@ -180,7 +180,7 @@ def test_a_closed_pipe_ends_the_command_line_quietly(server: Server, vm: str) ->
     process.stdout.read(2)
     process.stdout.close()
     try:
-        process.wait(20)
+        process.wait(within(60))
     except subprocess.TimeoutExpired:
         process.kill()
         raise
@@ -212,5 +212,5 @@ def test_input_that_is_not_read_holds_nothing_up(server: Server, vm: str) -> Non
         process = server.cli.start("exec", vm, "--", "sleep", "100", stdin=endless)
         time.sleep(2)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=within(20))
+        process.communicate(timeout=within(60))
     assert process.returncode == 130

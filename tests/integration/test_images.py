@@ -1,5 +1,6 @@
 """Images from registries and archives: what comes of them in a VM, and every way in which they may not come."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from harness import images, registry
 from harness.registry import Registry, Wire
 from harness.server import ASSETS, Server
-from harness.tools import until
+from harness.tools import until, within
 from harness.world import World
 
 if registry.missing():
@@ -160,7 +161,12 @@ def test_a_pull_goes_on_where_it_broke_off(here: Server, wire: Wire, hub: Regist
 
 
 def _partial(store: Path) -> int:
-    return sum(path.stat().st_size for path in store.glob("oci/partial/*"))
+    found = 0
+    for path in store.glob("oci/partial/*"):
+        # One that is whole bears another name a moment later.
+        with contextlib.suppress(FileNotFoundError):
+            found += path.stat().st_size
+    return found
 
 
 def test_an_interrupt_leaves_only_what_helps_the_next_pull(here: Server, wire: Wire, store: Path) -> None:
@@ -170,7 +176,7 @@ def test_an_interrupt_leaves_only_what_helps_the_next_pull(here: Server, wire: W
     pulling = subprocess.Popen(words, env=here.cli.environment(), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until(lambda: _partial(store) > 0, what="the first bytes")
     pulling.send_signal(signal.SIGINT)
-    _, said = pulling.communicate(timeout=30)
+    _, said = pulling.communicate(timeout=within(60))
     assert pulling.returncode == 130 and b"cancelled" in said, said
     until(lambda: not [*store.glob("cache/unpack-*"), *store.glob("refs/lease-*")], what="the helper's end")
     assert name not in here.cli("image", "ls").ok().text
@@ -251,8 +257,10 @@ def test_an_image_from_a_registry_runs_as_it_says(here: Server, hub: Registry) -
         == "1000:1000\n"
     )
     # Everything is there: nothing is asked for but the manifest.
-    again = here.cli("image", "pull", name).ok()
-    assert again.seconds < 5, again.seconds
+    before = len(hub.log())
+    here.cli("image", "pull", name).ok()
+    asked = hub.log()[before:]
+    assert "/manifests/" in asked and "/blobs/" not in asked, asked
     # A name that somebody chose is not taken over by a pull either, unless that is said.
     here.cli("image", "pull", name, "--name", "debian").fails(1, "means", "--replace")
     by_digest = f"{hub.address}/demo/app@{pulled['source']['digest']}"

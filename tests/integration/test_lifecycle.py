@@ -68,7 +68,7 @@ def test_a_killed_vmm_is_noticed_and_told(server: Server, sibling: str) -> None:
     running = server.cli.start("exec", sibling, "--", "sleep", "100")
     for pid in server.vmm_pids(vm_id):
         os.kill(pid, signal.SIGKILL)
-    server.cli("wait", "--for", "failed", "--timeout", f"{within(10):.0f}s", sibling).ok()
+    server.cli("wait", "--for", "failed", "--timeout", f"{within(60):.0f}s", sibling).ok()
     failure = server.cli.inspect(sibling)["failure"]
     assert failure["during"] == "running"
     assert "ended by itself" in failure["message"] and "signal 9" in failure["message"], failure
@@ -102,7 +102,7 @@ def test_create_twice_with_one_request_id_is_one_vm(server: Server) -> None:
         assert "another body" in refused.value.details()
     # A delete wins while it boots, at once.
     gone = server.cli("rm", "twice").ok()
-    assert gone.seconds < within(5)
+    assert gone.seconds < within(12)
 
 
 def test_prefixes_labels_and_pages(server: Server, vm: str, sibling: str) -> None:
@@ -132,7 +132,7 @@ def test_rm_is_enforced_by_the_server_when_the_client_is_killed(server: Server) 
         process.kill()
         process.wait()
     # `--abandoned-secs 3`.
-    until(lambda: "orphan" not in [vm["name"] for vm in server.cli.ls()], seconds=20, what="the VM's end")
+    until(lambda: "orphan" not in [vm["name"] for vm in server.cli.ls()], seconds=60, what="the VM's end")
     assert not server.settle(before)
 
 
@@ -242,9 +242,10 @@ def test_stopping_ends_what_runs(server: Server, sibling: str) -> None:
     assert deaf.stdout is not None
     assert deaf.stdout.readline() == b"deaf\n"
     stopped = server.cli("stop", "--grace", "4s", sibling).ok()
-    assert stopped.seconds < within(8)
+    # Its own grace, not the usual one of 10 s.
+    assert stopped.seconds < within(9)
     for process, code in ((gentle, 143), (deaf, 137)):
-        errors = process.communicate(timeout=within(10))[1].decode()
+        errors = process.communicate(timeout=within(60))[1].decode()
         assert process.returncode == code, errors
 
 
@@ -252,8 +253,8 @@ def test_deleting_ends_what_runs(server: Server, sibling: str) -> None:
     running = server.cli.start("exec", sibling, "--", "sh", "-c", "echo up; sleep 100")
     assert running.stdout is not None
     assert running.stdout.readline() == b"up\n"
-    assert server.cli("rm", sibling).ok().seconds < within(5)
-    errors = running.communicate(timeout=within(10))[1].decode()
+    assert server.cli("rm", sibling).ok().seconds < within(9)
+    errors = running.communicate(timeout=within(60))[1].decode()
     assert running.returncode == 125 and "deleted" in errors, errors
 
 
@@ -262,11 +263,11 @@ def test_a_vmm_that_does_not_react(server: Server, sibling: str) -> None:
     """Stopped by a signal, it hears nothing: stop waits for its grace, delete for nothing."""
     (pid,) = server.vmm_pids(server.cli.inspect(sibling)["id"])
     os.kill(pid, signal.SIGSTOP)
-    assert 1 < server.cli("stop", "--grace", "2s", sibling).ok().seconds < within(6)
+    assert 1 < server.cli("stop", "--grace", "2s", sibling).ok().seconds < within(9)
     server.cli("start", sibling).ok()
     (pid,) = server.vmm_pids(server.cli.inspect(sibling)["id"])
     os.kill(pid, signal.SIGSTOP)
-    assert server.cli("rm", sibling).ok().seconds < within(3)
+    assert server.cli("rm", sibling).ok().seconds < within(9)
 
 
 @pytest.mark.firecracker
@@ -291,6 +292,6 @@ def test_interrupted_while_it_boots(server: Server) -> None:
     process = server.cli.start("run", "--rm", "--name", "early", "debian", "--", "true")
     until(lambda: [vm for vm in server.cli.ls() if vm["name"] == "early"], what="the VM")
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=within(15))
+    process.communicate(timeout=within(60))
     assert process.returncode == 130
     assert not server.settle(before)

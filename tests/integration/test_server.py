@@ -24,12 +24,12 @@ from harness.tools import run, until
 
 class _Scrape(http.client.HTTPConnection):
     def __init__(self, path: Path) -> None:
-        super().__init__("metrics.invalid", timeout=5)
+        super().__init__("metrics.invalid", timeout=30)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(5)
+        self.sock.settimeout(30)
         self.sock.connect(str(self._path))
 
 

@@ -57,7 +57,7 @@ class Api:
 
     def _ask(self, **request: str) -> Any:
         ask = self._channel.stream_stream(REFLECTION, self._request.SerializeToString, self._response.FromString)
-        return next(iter(ask(iter([self._request(**request)]), timeout=10)))
+        return next(iter(ask(iter([self._request(**request)]), timeout=60)))
 
     def services(self) -> list[str]:
         return [service.name for service in self._ask(list_services="*").services.service]
@@ -114,7 +114,7 @@ class Api:
         return f"/clawpot.v1.{service}/{method}", request, response
 
     def call(
-        self, service: str, method: str, timeout: float = 20, metadata: list[tuple[str, str]] | None = None, **fields: Any
+        self, service: str, method: str, timeout: float = 60, metadata: list[tuple[str, str]] | None = None, **fields: Any
     ) -> Any:
         """One request, one answer. Raises `grpc.RpcError`."""
         path, request, response = self._classes(service, method)
@@ -131,4 +131,4 @@ class Api:
         """gRPC's own health check: `HealthCheckRequest{service=1}` → `{status=1}`, where 1 means serving."""
         name = service.encode()
         check = self._channel.unary_unary("/grpc.health.v1.Health/Check")
-        return bool(check(b"\x0a" + bytes([len(name)]) + name, timeout=5) == b"\x08\x01")
+        return bool(check(b"\x0a" + bytes([len(name)]) + name, timeout=30) == b"\x08\x01")

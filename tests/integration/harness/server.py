@@ -72,7 +72,7 @@ class Server:
                 stderr=log,
                 env=self.environment(),
             )
-        until(self._answers, seconds=30, what="the server's answer")
+        until(self._answers, seconds=60, what="the server's answer")
         return self
 
     def _answers(self) -> bool:
@@ -81,7 +81,7 @@ class Server:
             raise AssertionError(f"the server ended with {self.process.returncode}:\n{self.tail()}")
         return self.socket.exists() and self.cli("host").code == 0
 
-    def refuses(self, *more: object, before: tuple[str, ...] = (), seconds: float = 30) -> subprocess.CompletedProcess[str]:
+    def refuses(self, *more: object, before: tuple[str, ...] = (), seconds: float = 60) -> subprocess.CompletedProcess[str]:
         """A start that must fail by itself."""
         words = [*self.world.enter(), *before, *self.command(*more)]
         quiet = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
@@ -93,7 +93,7 @@ class Server:
         return self.process.pid
 
     def kill9(self) -> None:
-        self._end(signal.SIGKILL, 10)
+        self._end(signal.SIGKILL, 60)
 
     def stop(self, seconds: float = 60) -> int:
         """Asks it to go; VMs stay. Its exit code."""
@@ -143,7 +143,7 @@ class Server:
         words = [str(word) for word in self.options]
         return int(words[words.index("--warm-slots") + 1]) if "--warm-slots" in words else WARM_SLOTS
 
-    def settle(self, before: Counter[str], seconds: float = 15) -> Counter[str]:
+    def settle(self, before: Counter[str], seconds: float = 30) -> Counter[str]:
         """What there is beyond `before`, once that is nothing or time is up: the end of a netns takes the kernel a moment."""
         deadline = time.monotonic() + within(seconds)
         while (left := self.traces.now() - before) and time.monotonic() < deadline:

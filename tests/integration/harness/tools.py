@@ -30,7 +30,7 @@ def run(*argv: object, check: bool = True, stdin: str | None = None, seconds: fl
     return done.stdout
 
 
-def until(look: Callable[[], T | None], seconds: float = 10, what: str = "it", every: float = 0.05) -> T:
+def until(look: Callable[[], T | None], seconds: float = 30, what: str = "it", every: float = 0.05) -> T:
     """The first true value that `look` gives."""
     deadline = time.monotonic() + within(seconds)
     while True:
