@@ -204,7 +204,7 @@ def test_what_it_takes_beside_its_guest_is_no_more_than_what_is_counted(server: 
     each = int(server.cli("host", "-o", "json").ok().json["budgets"]["vmm_memory_each_mib"])
     _stays_within(server, vm, each)
     before = counted()
-    server.cli("create", "--wait", "--name", "pair", "--vcpus", "2", "--memory", "256MiB", "debian").ok()
+    server.cli("create", "--wait", "--name", "pair", "--cpus", "2", "--memory", "256MiB", "debian").ok()
     _stays_within(server, "pair", counted() - before)
     server.cli("rm", "--force", "pair").ok()
 
