@@ -10,7 +10,7 @@ use clawpot_control::service::create::CreateVm;
 use clawpot_core::volume::VolumeState;
 use clawpot_core::{DiskSource, ExtraDisk, Phase};
 use clawpot_testkit::volumes::{FakeFile, Fault};
-use clawpot_testkit::{Method, Shutdown};
+use clawpot_testkit::{Injection, Method, Shutdown};
 use clawpot_types::{Error, Kind, MiB, Result, VmId, VolumeId, VolumeName};
 use support::{House, wanted};
 
@@ -90,6 +90,18 @@ async fn two_writers_at_once() {
     assert_eq!(house.service().records().count(), 1);
     let view = house.service().get_volume(&name("db")).await.unwrap();
     assert_eq!(view.record.attached.len(), 1);
+}
+
+/// A client that lost its answer asks again while the first is still on its way: what holds the volume is its own VM.
+#[tokio::test(start_paused = true)]
+async fn the_same_request_twice_at_once_is_one_vm() {
+    let house = House::new().await;
+    make(&house, "db").await;
+    let body = with("web", &[("db", false)]);
+    house.faults.at(Method::ImagesResolve, 2, Injection::Delay(Duration::from_millis(10)));
+    let (one, two) = tokio::join!(house.try_create("again", &body), house.try_create("again", &body));
+    assert_eq!(two.map_err(|error| error.chain()), one.map_err(|error| error.chain()));
+    assert_eq!(house.service().records().count(), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -208,6 +220,30 @@ async fn the_disk_budget_counts_volumes() {
     assert_eq!(error.kind(), Kind::Exhausted, "{}", error.chain());
     house.service().delete_volume(name("db"), "uid=0").await.unwrap();
     assert_eq!(house.service().budgets().await.unwrap().disk.used, budget.used);
+}
+
+/// Who comes second changes nothing of what the first has been promised.
+#[tokio::test(start_paused = true)]
+async fn of_two_at_once_the_one_that_is_made_counts() {
+    let house = House::new().await;
+    let used = async || house.service().budgets().await.unwrap().disk.used;
+    let before = used().await;
+    let service = house.service();
+    house.faults.at(Method::StoreGet, 1, Injection::DelayAfter(Duration::from_millis(10)));
+    let (late, early) = tokio::join!(
+        service.create_volume(name("db"), SIZE, "uid=0"),
+        service.create_volume(name("db"), MiB(2048), "uid=0")
+    );
+    assert_eq!((late.unwrap_err().kind(), early.unwrap().record.size), (Kind::AlreadyExists, MiB(2048)));
+    assert_eq!(used().await, before + 2048);
+    house.faults.at(Method::StoreGet, 1, Injection::DelayAfter(Duration::from_millis(10)));
+    let (late, early) = tokio::join!(
+        service.resize_volume(name("db"), MiB(3072), "uid=0"),
+        service.resize_volume(name("db"), MiB(4096), "uid=0")
+    );
+    assert_eq!((late.unwrap().record.size, early.unwrap().record.size), (MiB(4096), MiB(4096)));
+    assert_eq!(used().await, before + 4096);
+    assert_eq!(house.volumes.files().values().next().unwrap().size, MiB(4096));
 }
 
 #[tokio::test(start_paused = true)]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use clawpot_core::admission::{Budgets, Claim, may_have_machine};
 use clawpot_core::{Phase, VmRecord};
-use clawpot_types::{MiB, Result, VmId, VolumeName};
+use clawpot_types::{MiB, Result, VmId, VolumeId};
 
 use super::Service;
 use crate::records::Row;
@@ -65,16 +65,16 @@ impl Service {
     }
 
     /// Counts `size` for the volume from now on, if there is room for what it has more than before.
-    pub(super) async fn promise_volume(&self, name: &VolumeName, size: MiB, what: &str) -> Result<()> {
+    pub(super) async fn promise_volume(&self, id: &VolumeId, size: MiB, what: &str) -> Result<()> {
         let room = self.deps.room.look().await?;
         // Held until it counts: two who ask at the same moment cannot both have the last of something.
         let promised = self.shared.ledger.promised.lock().unwrap_or_else(PoisonError::into_inner);
         let held = self.held(&promised, None);
         let budgets = Budgets::new(&self.deps.settings.admission, &room, self.deps.net.slots(), held);
-        let before = self.volumes().get(name).copied().unwrap_or_default();
+        let before = self.volumes().get(id).copied().unwrap_or_default();
         let asked = Claim { disk: size.0.saturating_sub(before), ..Claim::default() };
         budgets.admit(asked).map_err(|short| short.error(what))?;
-        self.volumes().insert(name.clone(), size.0);
+        self.volumes().insert(id.clone(), size.0);
         Ok(())
     }
 

@@ -14,7 +14,9 @@ use clawpot_types::{
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
+use super::admit::Promise;
 use super::intent::check_ttl;
+use super::volume::LeaseChange;
 use super::{Service, event, known, to_its_end};
 use crate::records::{name_key, slot_key};
 
@@ -113,14 +115,15 @@ impl Service {
         let config = self.deps.images.describe(&ImageRef::Digest(image.digest.clone())).await?.config;
         for _ in 0..ATTEMPTS {
             let record = self.draft(&body, image.clone(), &config, actor)?;
-            let whole = Claim::whole(&record.spec, self.deps.vmms.footprint(&record));
-            let _promise = self.admit(&record, whole, "create").await?;
+            let (_promise, leases) = match self.may_have(&record).await {
+                Ok(both) => both,
+                Err(error) => return self.unless_repeated(request_key.as_deref(), &body, error).await,
+            };
             let extra = match &request_key {
                 Some(key) => Some((key.clone(), encode(&body, &record)?)),
                 None => None,
             };
             let created = event(&self.deps, &record, "vm.create", told(&record), actor);
-            let leases = self.leases(&record).await?;
             let outcome = self.records.insert(record.clone(), extra, leases, created).await;
             match outcome.inspect_err(|_| self.find_out(record.id.clone()))? {
                 TxnOutcome::Committed(revision) => {
@@ -137,6 +140,26 @@ impl Service {
             }
         }
         Err(Error::new(Kind::Conflict, "create: slots and names were taken by others again and again"))
+    }
+
+    /// Room on the host, and its volumes.
+    async fn may_have(&self, record: &VmRecord) -> Result<(Promise, Vec<LeaseChange>)> {
+        let whole = Claim::whole(&record.spec, self.deps.vmms.footprint(record));
+        let promise = self.admit(record, whole, "create").await?;
+        Ok((promise, self.leases(record).await?))
+    }
+
+    /// What it cannot have may be held by what the same request made a moment earlier.
+    async fn unless_repeated(
+        &self,
+        key: Option<&str>,
+        body: &CreateVm,
+        error: Error,
+    ) -> Result<(Revision, Arc<VmRecord>)> {
+        match key {
+            Some(key) if self.records.store().get(key).await?.is_some() => self.same_moment(key, body).await,
+            _ => Err(error),
+        }
     }
 
     fn draft(&self, body: &CreateVm, image: ImagePin, config: &ImageConfig, actor: &str) -> Result<VmRecord> {

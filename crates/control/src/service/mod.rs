@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use clawpot_core::event::Draft;
 use clawpot_core::slot::next_free;
 use clawpot_core::{Quarantine, VmRecord};
-use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId, VolumeName};
+use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId, VolumeId};
 use tokio::sync::watch;
 use tracing::warn;
 
@@ -46,7 +46,7 @@ struct Shared {
     blocked: Mutex<BTreeSet<Slot>>,
     ledger: Arc<admit::Ledger>,
     /// Sizes of all volumes, MiB, those being made too: part of what is promised.
-    volumes: Mutex<BTreeMap<VolumeName, u64>>,
+    volumes: Mutex<BTreeMap<VolumeId, u64>>,
     /// VMs of which the store did not say whether a change was done.
     in_doubt: Mutex<BTreeSet<VmId>>,
     leaving: watch::Sender<bool>,
@@ -144,7 +144,7 @@ impl Service {
         tasks.push(task);
     }
 
-    fn volumes(&self) -> std::sync::MutexGuard<'_, BTreeMap<VolumeName, u64>> {
+    fn volumes(&self) -> std::sync::MutexGuard<'_, BTreeMap<VolumeId, u64>> {
         self.shared.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -9,7 +9,7 @@ use clawpot_core::ports::{Copied, DiskFile, Durability, Expect, Guard, Op, State
 use clawpot_core::volume::{Lease, VOLUME_VERSION, VolumeRecord, VolumeState};
 use clawpot_core::{DiskSource, ExtraDisk, Phase, VmRecord};
 use clawpot_failpoint::{self as failpoint, Point};
-use clawpot_types::{Error, Kind, MiB, Result, Revision, VmId, VolumeName};
+use clawpot_types::{Error, Kind, MiB, Result, Revision, VmId, VolumeId, VolumeName};
 use tracing::{error, info, warn};
 
 use super::{Service, to_its_end};
@@ -108,15 +108,17 @@ impl Service {
                 return Err(Error::new(Kind::InvalidArgument, what)
                     .hint("make a smaller one and copy the files in a VM that has both"));
             }
-            this.promise_volume(&name, size, &format!("volume {name}: resize")).await?;
-            let (mut revision, mut record) = match this.hold_still(&name, VolumeState::Growing).await {
-                Ok(held) => held,
-                Err(error) => {
-                    this.note_volume(&name, Some(before.size));
-                    return Err(error);
-                }
-            };
-            record.size = size.max(record.size);
+            let (mut revision, mut record) = this.hold_still(&name, VolumeState::Growing).await?;
+            // Somebody may have been faster and asked for more.
+            let size = size.max(record.size);
+            // Promised only now, when nobody else changes its size.
+            if let Err(error) = this.promise_volume(&record.id, size, &format!("volume {name}: resize")).await {
+                return match this.volume_ready(&mut revision, &mut record).await {
+                    Ok(()) => Err(error),
+                    Err(cleanup) => Err(error.and_cleanup(cleanup)),
+                };
+            }
+            record.size = size;
             this.write_volume(&mut revision, &record).await?;
             let grown = this
                 .finish_growing(revision, record)
@@ -175,7 +177,7 @@ impl Service {
         let mut files = BTreeSet::new();
         for (mut revision, mut record) in rows {
             files.insert(record.id.clone());
-            self.note_volume(&record.name, Some(record.size));
+            self.note_volume(&record.id, Some(record.size));
             let done = match record.state {
                 VolumeState::Ready => Ok(()),
                 VolumeState::Copying => self.volume_ready(&mut revision, &mut record).await,
@@ -253,7 +255,7 @@ impl Service {
         if self.deps.store.get(&key).await?.is_some() {
             return exists();
         }
-        self.promise_volume(&draft.name, draft.size, what).await?;
+        self.promise_volume(&draft.id, draft.size, what).await?;
         let txn = Txn {
             guards: vec![Guard { key: key.clone(), expect: Expect::Absent }],
             ops: vec![Op::Put { key, value: draft.encode()? }],
@@ -265,9 +267,12 @@ impl Service {
                 failpoint::reached(Point::VolumeWritten);
                 Ok((revision, draft))
             }
-            Ok(TxnOutcome::Conflict { .. }) => exists(),
+            Ok(TxnOutcome::Conflict { .. }) => {
+                self.note_volume(&draft.id, None);
+                exists()
+            }
             Err(error) => {
-                self.note_volume(&draft.name, None);
+                self.note_volume(&draft.id, None);
                 Err(error)
             }
         }
@@ -298,7 +303,7 @@ impl Service {
         };
         match self.deps.store.txn(txn).await? {
             TxnOutcome::Committed(_) => {
-                self.note_volume(&record.name, None);
+                self.note_volume(&record.id, None);
                 Ok(())
             }
             TxnOutcome::Conflict { .. } => Err(busy(&record.name)),
@@ -312,8 +317,8 @@ impl Service {
             record.may_be_used(false)?;
             let mut guards = Vec::new();
             for (id, lease) in &record.attached {
-                // Who only reads does not disturb a copy.
-                if lease.read_only && state == VolumeState::Copying {
+                // Who only reads does not disturb a copy, unless it has the volume checked first.
+                if lease.read_only && state == VolumeState::Copying && !record.unclean {
                     continue;
                 }
                 guards.push(Guard { key: vm_key(id), expect: Expect::Revision(self.at_rest(id, lease, name)?) });
@@ -367,10 +372,10 @@ impl Service {
         Ok(true)
     }
 
-    fn note_volume(&self, name: &VolumeName, size: Option<MiB>) {
+    fn note_volume(&self, id: &VolumeId, size: Option<MiB>) {
         match size {
-            Some(size) => self.volumes().insert(name.clone(), size.0),
-            None => self.volumes().remove(name),
+            Some(size) => self.volumes().insert(id.clone(), size.0),
+            None => self.volumes().remove(id),
         };
     }
 }
