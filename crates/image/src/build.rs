@@ -10,7 +10,7 @@ use std::time::Duration;
 use clawpot_host::fs;
 use clawpot_host::process::{Child, Exit, Output, Spawn, find_program};
 use clawpot_types::{Digest, Error, Kind, Result};
-use rustix::fs::{MemfdFlags, OFlags, SealFlags};
+use rustix::fs::{IFlags, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
@@ -326,6 +326,7 @@ const PREFIX: &str = "unpack-";
 
 impl Work {
     pub fn make(cache: &Path) -> Result<Self> {
+        spread(cache);
         for _ in 0..16 {
             let mut random = [0_u8; 8];
             rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
@@ -337,6 +338,21 @@ impl Work {
             return Ok(Self { dir, lock, _held: held });
         }
         Err(Error::new(Kind::Conflict, format!("making a directory in {}", cache.display())))
+    }
+}
+
+/// Tells ext4 that what is made in `cache` has nothing to do with each other (`chattr +T`): each directory then gets its inodes in
+/// another part of the disk. Else it would get those that the last one had, and an ext4 without a journal looks at every inode that
+/// was freed in the last minutes before it takes one: half of the time of a pull that comes soon after another. No other file system
+/// needs it, and none of them minds.
+fn spread(cache: &Path) {
+    let set = || {
+        let dir = rustix::fs::open(cache, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let flags = rustix::fs::ioctl_getflags(&dir)?;
+        if flags.contains(IFlags::TOPDIR) { Ok(()) } else { rustix::fs::ioctl_setflags(&dir, flags | IFlags::TOPDIR) }
+    };
+    if let Err(errno) = set() {
+        tracing::debug!(%errno, "{} is not marked as the top of unrelated directories", cache.display());
     }
 }
 

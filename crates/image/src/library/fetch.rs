@@ -22,8 +22,9 @@ use super::pull::registry_error;
 use crate::lock::Lock;
 use crate::manifest::Blob;
 
-/// Chunks on their way to the disk; reqwest's are at most 64 KiB or so.
-const BACKLOG: usize = 16;
+/// Chunks of one download on their way to the disk. hyper makes them as large as 400 KiB where the network is fast, so few of them are
+/// much: with sixteen, three downloads held 40 MiB.
+const BACKLOG: usize = 2;
 /// How long a registry that went away in the middle of a blob is looked for again, without a byte of it: 0.5, 1, 2, 4, 8 s.
 const ATTEMPTS: u32 = 5;
 const FIRST_PAUSE: Duration = Duration::from_millis(500);

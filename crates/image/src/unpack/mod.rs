@@ -40,6 +40,11 @@ pub fn run() -> ExitCode {
     }
     // SAFETY: whoever starts the helper gives it this descriptor; nobody else in this process knows it.
     let socket = unsafe { OwnedFd::from_raw_fd(SOCKET) };
+    // Its closing tells the server that this has become another program.
+    if let Err(errno) = rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC) {
+        eprintln!("clawpot-unpack: descriptor {SOCKET}, which is to be the server's socket: {errno}");
+        return ExitCode::FAILURE;
+    }
     match work(socket.as_fd()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
