@@ -8,6 +8,7 @@ source "$here/lib/common.sh"
 source "$here/lib/packages.sh"
 # shellcheck source=scripts/lib/python.sh
 source "$here/lib/python.sh"
+help_asked "$@"
 
 rust_format() {
   if [[ -n $fix ]]; then cargo_run fmt --all; else cargo_run fmt --all --check; fi

@@ -19,6 +19,16 @@ die() {
   exit 1
 }
 
+# help_asked "$@": prints the comment at the top of the running script and ends, where --help is the first argument.
+help_asked() {
+  case ${1:-} in
+    -h | --help)
+      sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+      exit 0
+      ;;
+  esac
+}
+
 as_root() {
   if ((EUID == 0)); then
     "$@"

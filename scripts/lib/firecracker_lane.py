@@ -371,11 +371,12 @@ def run(words: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="test-firecracker")
+    usage = "scripts/test-firecracker [--full] [--direct|--nested] [--keep] [--record] [-- PYTEST ARGUMENT…]"
+    top = argparse.ArgumentParser(prog="test-firecracker", usage=usage)
     verbs = top.add_subparsers(dest="verb", required=True)
     verbs.add_parser("check")
     # Both get the script's arguments: what is wrong with them is said before anything is built.
-    for verb in (verbs.add_parser("find"), verbs.add_parser("run")):
+    for verb in (verbs.add_parser(name, prog="test-firecracker", usage=usage) for name in ("find", "run")):
         for flag in ("--full", "--keep", "--record"):
             verb.add_argument(flag, action="store_true")
         where = verb.add_mutually_exclusive_group()

@@ -191,8 +191,8 @@ def _own_memory(server: Server, vm: str) -> float:
     large = [told for rights, told in mappings if rights.startswith("rw-") and told["Size:"] >= guest]
     assert large, f"no mapping of {guest} KiB"
     memory = min(large, key=lambda told: told["Size:"])
-    assert memory["Rss:"] <= guest, memory
-    return (sum(told["Rss:"] for _, told in mappings) - memory["Rss:"]) / 1024
+    # The kernel may show a piece of the VMM's heap as one with it: no more than the guest's is taken off.
+    return (sum(told["Rss:"] for _, told in mappings) - min(memory["Rss:"], guest)) / 1024
 
 
 def test_what_it_takes_beside_its_guest_is_no_more_than_what_is_counted(server: Server, vm: str) -> None:
