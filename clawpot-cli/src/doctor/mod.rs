@@ -3,7 +3,7 @@
 //! Each check looks (`look`) and judges (`judge`); judging is pure and tested with what real hosts said.
 //!
 //! - [`server`] is one there · [`kvm`], [`vmm`] what VMs run on · [`devices`] TUN, kernel modules
-//! - [`cgroup`] their processes · [`storage`] their files · [`firewall`], [`routes`] their network · [`users`] their uids
+//! - [`cgroup`] their processes · [`storage`] their files, [`images`] what makes them · [`firewall`], [`routes`] their network · [`users`] their uids
 //! - [`paths`] who may change what the server trusts · [`tenants`] what leaks between VMs below them · [`tuning`] what costs
 //! - [`check`] a finding · [`tool`] the only place here that runs a program
 
@@ -11,6 +11,7 @@ mod cgroup;
 pub mod check;
 mod devices;
 mod firewall;
+mod images;
 mod kvm;
 mod paths;
 mod routes;
@@ -46,6 +47,8 @@ pub async fn examine(api: Result<Api, Failure>, places: &Places) -> Vec<Check> {
     checks.push(devices::modules());
     checks.push(cgroup::examine());
     checks.extend(storage::examine(places));
+    checks.push(images::e2fsprogs());
+    checks.push(images::unpacking());
     checks.push(firewall::nft());
     checks.push(firewall::foreign());
     checks.push(routes::forwarding());

@@ -3,7 +3,7 @@
 use crate::fake::Fake;
 use crate::{Ran, clawpot};
 
-const CHECKS: [&str; 24] = [
+const CHECKS: [&str; 26] = [
     "server",
     "kvm",
     "qemu",
@@ -14,6 +14,8 @@ const CHECKS: [&str; 24] = [
     "cgroup",
     "one filesystem",
     "space",
+    "e2fsprogs",
+    "unpacking",
     "nft",
     "foreign rules",
     "ip_forward",
