@@ -10,6 +10,7 @@ import pytest
 
 from harness import images, tutorial
 from harness.server import ASSETS, Server
+from harness.tools import within
 
 PAGES = [tutorial.read(path) for path in sorted(tutorial.PAGES.glob("*.md"))]
 #: Set where everything must have been installed (scripts/test does): what is missing there is a failure.
@@ -23,7 +24,7 @@ def _lacks(page: tutorial.Page) -> str:
     return f"not in the image store: {', '.join(absent)}" if absent else ""
 
 
-@pytest.mark.timeout(max((page.seconds for page in PAGES), default=0) + 60)
+@pytest.mark.timeout(within(max((page.seconds for page in PAGES), default=0)) + 60)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.path.stem)
 def test_a_page_does_what_it_says(page: tutorial.Page, make_server: Callable[..., Server], workdir: Path) -> None:
     if lacks := _lacks(page):

@@ -525,7 +525,7 @@ def test_ctrl_c_ends_it_in_order(api, tmp_path, number, status):
         while "build: running" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(number)
-        assert process.wait(10) == status
+        assert process.wait(60) == status
         assert "Traceback" not in process.stderr.read()
 
 
@@ -545,7 +545,7 @@ def test_ctrl_c_in_a_download_keeps_no_half_file(api, tmp_path):
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+        assert process.wait(60) == 130
     assert not [found for found in tmp_path.rglob("*") if found.is_file()]
 
 
@@ -559,7 +559,7 @@ def test_a_reader_that_leaves_is_no_traceback(api, tmp_path):
         assert process.stdout and process.stderr
         process.stdout.readline()
         process.stdout.close()
-        assert process.wait(15) == 141
+        assert process.wait(60) == 141
         assert process.stderr.read() == b""
 
 
@@ -579,7 +579,7 @@ def test_colors_only_on_a_terminal_that_wants_them(api, tmp_path, more, colored)
             if not piece:
                 break
             shown += piece
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     os.close(ours)
     assert (b"\x1b[32mpassed" in shown) is colored
 
