@@ -123,7 +123,7 @@ async fn ends_are_told_and_dropped_children_leave_no_zombie() {
     drop(child);
     let started = Instant::now();
     while std::path::Path::new(&format!("/proc/{pid}")).exists() {
-        assert!(started.elapsed() < Duration::from_secs(5), "process {pid} was not reaped");
+        assert!(started.elapsed() < Duration::from_secs(30), "process {pid} was not reaped");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -167,7 +167,7 @@ async fn a_cgroup_is_the_set_of_its_processes() {
     assert!(identity.cgroup.ends_with(group.name()), "{identity:?}");
     let started = Instant::now();
     while group.members().unwrap().len() < 2 {
-        assert!(started.elapsed() < Duration::from_secs(5));
+        assert!(started.elapsed() < Duration::from_secs(30));
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     assert!(tokio::time::timeout(Duration::from_millis(50), group.empty()).await.is_err());
@@ -175,7 +175,7 @@ async fn a_cgroup_is_the_set_of_its_processes() {
     let member = group.members().unwrap().pop().unwrap();
 
     group.kill().unwrap();
-    tokio::time::timeout(Duration::from_secs(5), group.empty()).await.unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(30), group.empty()).await.unwrap().unwrap();
     // The child is a zombie now: gone, as far as anyone cares.
     assert!(group.members().unwrap().is_empty());
     assert!(matches!(identity.prove().unwrap(), Proof::Gone));
@@ -266,11 +266,13 @@ async fn limits_hold_where_the_host_has_the_controllers() {
     let exit = confined("exec dd if=/dev/zero of=/dev/null bs=128M count=1", &group).wait().await.unwrap();
     assert_eq!(exit == Exit::Signal(9), has("memory") && !swap, "{exit}");
     // A tenth of a CPU.
+    let started = Instant::now();
     let child = confined("while :; do :; done", &group);
     tokio::time::sleep(Duration::from_millis(800)).await;
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.pid())).unwrap();
     let ticks: u32 = stat.split(' ').nth(13).unwrap().parse().unwrap();
-    assert!(ticks < 30 || !has("cpu"), "{ticks} hundredths of a second of 80");
+    let passed = started.elapsed().as_millis() / 10;
+    assert!(u128::from(ticks) < passed / 10 + 22 || !has("cpu"), "{ticks} hundredths of a second of {passed}");
     child.kill().unwrap();
     child.wait().await.unwrap();
 
@@ -318,7 +320,7 @@ async fn tools_are_bounded() {
     let started = Instant::now();
     let error = run("sleep 60").timeout(Duration::from_millis(100)).run().await.unwrap_err();
     assert_eq!(error.kind(), Kind::Timeout);
-    assert!(started.elapsed() < Duration::from_secs(5));
+    assert!(started.elapsed() < Duration::from_secs(30));
 
     let error = run("cat /dev/zero").output_limit(100_000).run().await.unwrap_err();
     assert_eq!(error.kind(), Kind::Exhausted);

@@ -79,7 +79,7 @@ async fn a_life_and_a_death() {
     let id = machine.id.clone();
     let waiting = tokio::spawn(async move { pending.exited(&id).await });
     jails.stop(&machine.id).unwrap();
-    tokio::time::timeout(Duration::from_secs(5), waiting).await.unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(60), waiting).await.unwrap().unwrap();
     assert_eq!(jails.inspect(&machine.id).await, exited("killed by signal 9"));
     assert_eq!(
         jails.start(&machine.id, LIMITS, |_| Ok(shell("true"))).await.unwrap_err().kind(),
@@ -125,12 +125,12 @@ async fn a_guest_that_has_halted_ends_its_vmm() {
     let pending = jails.clone();
     let id = machine.id.clone();
     let waiting = tokio::spawn(async move { pending.exited(&id).await });
-    tokio::time::timeout(Duration::from_secs(10), agent).await.unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(60), agent).await.unwrap().unwrap();
     assert_eq!(jails.inspect(&machine.id).await, RUNNING);
 
     // Nobody answers any more.
     File::create(go).unwrap();
-    tokio::time::timeout(Duration::from_secs(20), waiting).await.unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(60), waiting).await.unwrap().unwrap();
     assert_eq!(jails.inspect(&machine.id).await, exited("its guest had halted, and the server ended its VMM"));
     jails.destroy(&machine.id).await.unwrap();
     place.nothing_left(&jails.list().unwrap());
@@ -161,7 +161,7 @@ async fn another_daemon_adopts() {
     let mut text = String::new();
     while !text.contains("two\n") {
         let piece = futures_util::StreamExt::next(&mut output);
-        let piece = tokio::time::timeout(Duration::from_secs(5), piece).await.unwrap().unwrap().unwrap();
+        let piece = tokio::time::timeout(Duration::from_secs(60), piece).await.unwrap().unwrap().unwrap();
         text.push_str(std::str::from_utf8(&piece).unwrap());
     }
     assert_eq!(text, "one\ntwo\n");

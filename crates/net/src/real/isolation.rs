@@ -8,7 +8,7 @@ use clawpot_host::process::Tool;
 use clawpot_types::Slot;
 use clawpot_types::guest::{AGENT_PORT, GATEWAY_ADDRESS, MANAGEMENT_ADDRESS, MANAGEMENT_HOST_ADDRESS};
 
-use super::world::{Guest, HOST, INTERNET, PORT, PRIVATE, PUBLIC, Servers, inside, on_host, paths};
+use super::world::{Guest, HOST, INTERNET, LONG, PORT, PRIVATE, PUBLIC, Servers, inside, on_host, paths};
 use crate::SlotNet;
 use crate::kernel::conntrack;
 use crate::rules::slot::CONNECTIONS;
@@ -88,8 +88,8 @@ fn a_slot_that_is_cut_off_reaches_nobody_whatever_becomes_of_the_hosts_rules() {
         assert!(talker.tcp(PUBLIC, PORT).is_some(), "the world is there");
         let silent = |net: &SlotNet| {
             reaches_nothing_forbidden(net, &guest, slot, other);
-            assert_eq!((guest.tcp(PUBLIC, PORT), guest.udp(INTERNET, PORT)), (None, None));
-            assert_eq!((guest.tcp(GATEWAY_ADDRESS, 53), guest.udp(GATEWAY_ADDRESS, 53)), (None, None));
+            assert!(guest.hears_nothing_of(PUBLIC, PORT) && guest.hears_nothing_of(INTERNET, PORT));
+            assert!(guest.hears_nothing_of(GATEWAY_ADDRESS, 53));
         };
         silent(&net);
         // What lets others talk is no concern of it, neither anew nor flushed.
@@ -116,20 +116,28 @@ fn a_guest_cannot_fill_the_hosts_table_of_connections() {
         let net = world.open("a").await;
         net.ensure(Slot(0)).await.unwrap();
         let guest = Guest::start(&net, Slot(0));
-        guest.run(|| {
-            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-            for port in 20_000..26_000 {
-                drop(socket.send_to(b"?", (PUBLIC, port)));
-                // No faster than the test's own cable carries them.
-                if port % 50 == 0 {
-                    std::thread::sleep(Duration::from_millis(6));
-                }
-            }
-        });
-        std::thread::sleep(Duration::from_millis(300));
-        let open = conntrack::forget(&[net.seat(Slot(0)).unwrap().address].into()).unwrap();
         let most = usize::try_from(CONNECTIONS).unwrap();
-        assert!(open > most / 2 && open <= most + 16, "{open}");
+        let mut open = 0;
+        // Of those that a busy machine's cable loses there is none.
+        for _ in 0..5 {
+            guest.run(|| {
+                let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+                for port in 20_000..26_000 {
+                    drop(socket.send_to(b"?", (PUBLIC, port)));
+                    // No faster than the test's own cable carries them.
+                    if port % 50 == 0 {
+                        std::thread::sleep(Duration::from_millis(6));
+                    }
+                }
+            });
+            std::thread::sleep(Duration::from_millis(300));
+            open = conntrack::forget(&[net.seat(Slot(0)).unwrap().address].into()).unwrap();
+            assert!(open <= most + 16, "{open}");
+            if open > most / 2 {
+                return;
+            }
+        }
+        panic!("{open}: of so few it cannot be told");
     });
 }
 
@@ -142,10 +150,10 @@ fn the_host_reaches_a_guest_and_other_instances_do_not() {
         let (guest, stranger) = (Guest::start(&net, Slot(0)), Guest::start(&foreign, Slot(0)));
         let _listening = guest.run(|| Servers::start(&[(Ipv4Addr::UNSPECIFIED, PORT)]));
         let address = net.seat(Slot(0)).unwrap().address;
-        let stream = TcpStream::connect_timeout(&(address, PORT).into(), Duration::from_millis(500)).unwrap();
+        let stream = TcpStream::connect_timeout(&(address, PORT).into(), LONG).unwrap();
         let seen = std::io::read_to_string(stream).unwrap();
         assert_eq!(seen, GATEWAY_ADDRESS.to_string(), "the guest sees its gateway only");
-        assert!(!stranger.reaches(address, PORT));
+        assert!(stranger.hears_nothing_of(address, PORT));
         assert!(stranger.reaches(PUBLIC, PORT));
 
         // One goes, the other does not notice.
@@ -194,9 +202,7 @@ fn the_management_link_carries_the_hosts_connections_only() {
         let netns = net.seat(Slot(3)).unwrap().netns;
         let dial = |port| {
             let netns = netns.clone();
-            async move {
-                connect_tcp_in(&netns, SocketAddrV4::new(MANAGEMENT_ADDRESS, port), Duration::from_millis(500)).await
-            }
+            async move { connect_tcp_in(&netns, SocketAddrV4::new(MANAGEMENT_ADDRESS, port), LONG).await }
         };
         dial(AGENT_PORT).await.unwrap();
         dial(PORT).await.unwrap();
@@ -205,7 +211,7 @@ fn the_management_link_carries_the_hosts_connections_only() {
         let fd = clawpot_host::netns::open(&netns).unwrap();
         // Listening in the netns is no use to anybody: nothing new comes in.
         let _listener = inside(&fd, || TcpListener::bind((MANAGEMENT_HOST_ADDRESS, PORT)).unwrap());
-        assert!(!guest.reaches(MANAGEMENT_HOST_ADDRESS, PORT));
+        assert!(guest.hears_nothing_of(MANAGEMENT_HOST_ADDRESS, PORT));
         // A captured VMM, which is not root, opens no connection from in here.
         for (ip, port) in [(MANAGEMENT_ADDRESS, AGENT_PORT), (PUBLIC, PORT)] {
             let connected = inside(&fd, || {

@@ -1,11 +1,10 @@
 use std::net::UdpSocket;
-use std::time::Duration;
 
 use clawpot_core::ports::Net as _;
 use clawpot_host::process::Tool;
 use clawpot_types::Slot;
 
-use super::world::{Guest, PORT, PUBLIC, on_host, paths};
+use super::world::{Guest, LONG, PORT, PUBLIC, on_host, paths};
 use crate::kernel::nfnetlink::Ruleset;
 use crate::{SlotNet, renew};
 
@@ -41,7 +40,7 @@ fn a_slot_in_use_gets_new_rules_and_keeps_its_connections() {
         let guest = Guest::start(&net, Slot(1));
         let talking = guest.run(|| {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-            socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            socket.set_read_timeout(Some(LONG)).unwrap();
             socket.connect((PUBLIC, PORT)).unwrap();
             socket
         });

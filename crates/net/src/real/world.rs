@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clawpot_core::ports::Net as _;
 use clawpot_types::guest::{
@@ -35,7 +35,10 @@ pub(super) const PRIVATE: [Ipv4Addr; 4] = [
 /// Everything that listens, listens here.
 pub(super) const PORT: u16 = 7;
 
+/// What does not answer by then is silent.
 const PATIENCE: Duration = Duration::from_millis(300);
+/// And so long it is asked again where it is to answer: far more than that ever takes.
+pub(super) const LONG: Duration = Duration::from_secs(30);
 
 /// Runs a test as "the host". Skips visibly where that is not possible.
 pub(super) fn on_host<F: Future<Output = ()>>(test: impl FnOnce(World) -> F + Send + 'static) {
@@ -229,8 +232,26 @@ impl Guest {
         inside(&self.netns, work)
     }
 
-    /// What the other side says our address is, by TCP.
+    /// What the other side says our address is, by TCP. For what is to answer: else it takes long.
     pub(super) fn tcp(&self, ip: Ipv4Addr, port: u16) -> Option<String> {
+        again(|| self.tcp_once(ip, port))
+    }
+
+    /// The same by UDP.
+    pub(super) fn udp(&self, ip: Ipv4Addr, port: u16) -> Option<String> {
+        again(|| self.udp_once(ip, port))
+    }
+
+    pub(super) fn reaches(&self, ip: Ipv4Addr, port: u16) -> bool {
+        again(|| self.tcp_once(ip, port).or_else(|| self.udp_once(ip, port))).is_some()
+    }
+
+    /// Neither by TCP nor by UDP.
+    pub(super) fn hears_nothing_of(&self, ip: Ipv4Addr, port: u16) -> bool {
+        self.tcp_once(ip, port).is_none() && self.udp_once(ip, port).is_none()
+    }
+
+    fn tcp_once(&self, ip: Ipv4Addr, port: u16) -> Option<String> {
         self.run(|| {
             let mut stream = TcpStream::connect_timeout(&SocketAddr::new(IpAddr::V4(ip), port), PATIENCE).ok()?;
             stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -240,8 +261,7 @@ impl Guest {
         })
     }
 
-    /// The same by UDP.
-    pub(super) fn udp(&self, ip: Ipv4Addr, port: u16) -> Option<String> {
+    fn udp_once(&self, ip: Ipv4Addr, port: u16) -> Option<String> {
         self.run(|| {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
             socket.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -253,16 +273,14 @@ impl Guest {
         })
     }
 
-    pub(super) fn reaches(&self, ip: Ipv4Addr, port: u16) -> bool {
-        self.tcp(ip, port).is_some() || self.udp(ip, port).is_some()
-    }
-
     /// Which of them it reaches; all are tried at once, since what is dropped in silence takes its time.
     pub(super) fn which<'a>(&self, targets: &[(&'a str, Ipv4Addr)]) -> Vec<&'a str> {
         std::thread::scope(|scope| {
             let tries: Vec<_> = targets
                 .iter()
-                .map(|(what, ip)| (what, [scope.spawn(|| self.tcp(*ip, PORT)), scope.spawn(|| self.udp(*ip, PORT))]))
+                .map(|(what, ip)| {
+                    (what, [scope.spawn(|| self.tcp_once(*ip, PORT)), scope.spawn(|| self.udp_once(*ip, PORT))])
+                })
                 .collect();
             let reached = |tries: [std::thread::ScopedJoinHandle<'_, Option<String>>; 2]| {
                 tries.map(|one| one.join().unwrap()).into_iter().flatten().count() > 0
@@ -281,6 +299,13 @@ impl Drop for Guest {
     }
 }
 
+fn again<T>(ask: impl Fn() -> Option<T>) -> Option<T> {
+    let begun = Instant::now();
+    std::iter::repeat_with(ask)
+        .take_while(|answer| answer.is_some() || begun.elapsed() < LONG)
+        .find_map(|answer| answer)
+}
+
 fn plug(name: &str) -> OwnedFd {
     let file = tap::open().unwrap();
     tap::attach(&file, name).unwrap();
@@ -292,7 +317,7 @@ fn plug(name: &str) -> OwnedFd {
 fn until_running(name: &str) {
     const IFF_RUNNING: u32 = 0x40;
     let mut netlink = Netlink::route().unwrap();
-    for _ in 0..3000 {
+    for _ in 0..30_000 {
         let message = rtnetlink::LinkUnspec::new_with_name(name).build();
         let mut flags = 0;
         let get = rtnetlink::packet_route::RouteNetlinkMessage::GetLink(message);
