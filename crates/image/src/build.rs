@@ -214,12 +214,8 @@ fn dialog(
     match report(socket)? {
         Report::Making { bytes, devices, xattrs } => {
             told(Told::Making(bytes));
-            // The socket closes when it becomes mke2fs, and only a failure says something before.
-            match wire::receive::<Report>(socket)? {
-                None => Ok(Making { devices, xattrs }),
-                Some((Report::Failed { kind, what, hint }, _)) => Err(failure(kind, what, hint)),
-                Some((other, _)) => Err(unexpected(&other)),
-            }
+            until_it_becomes(socket)?;
+            Ok(Making { devices, xattrs })
         }
         other => Err(unexpected(&other)),
     }
@@ -230,6 +226,15 @@ pub(crate) fn report(socket: &OwnedFd) -> Result<Report> {
         Some((Report::Failed { kind, what, hint }, _)) => Err(failure(kind, what, hint)),
         Some((report, _)) => Ok(report),
         None => Err(Error::new(Kind::Internal, "unpacking: the helper ended")),
+    }
+}
+
+/// The socket closes when the helper becomes a program, and only a failure says something before.
+pub(crate) fn until_it_becomes(socket: &OwnedFd) -> Result<()> {
+    match wire::receive::<Report>(socket)? {
+        None => Ok(()),
+        Some((Report::Failed { kind, what, hint }, _)) => Err(failure(kind, what, hint)),
+        Some((other, _)) => Err(unexpected(&other)),
     }
 }
 

@@ -1,5 +1,6 @@
 //! VMs' writable disks: sparse ext4 files, each the clone of a template that is formatted once per size.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -132,15 +133,21 @@ async fn format(file: &Path, tree: &Path, size: MiB) -> Result<()> {
     for dir in [tree.to_owned(), tree.join("upper"), tree.join("work")] {
         fs::ensure_dir(&dir, 0o755)?;
     }
+    make_ext4(file, size, "disk", &["-d".as_ref(), tree.as_os_str()]).await
+}
+
+/// An ext4 in a sparse file that is new. `more`: further options of mke2fs.
+pub(crate) async fn make_ext4(file: &Path, size: MiB, label: &str, more: &[&OsStr]) -> Result<()> {
     let mke2fs = find_program("mke2fs", std::env::var_os("PATH").as_deref())
         .map_err(|error| error.hint("install the package e2fsprogs"))?;
     let size = format!("{}M", size.0);
-    // The file is new, so all of it reads as zeros: with that said, mke2fs writes no inode table, and the guest's kernel does
-    // not set out to write them either.
+    // All of it reads as zeros: with that said, mke2fs writes no inode table, and the guest's kernel does not set out to write
+    // them either.
     let tool = Tool::new(mke2fs)
-        .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-L", "disk"])
+        .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-L", label])
         .args(["-E", "root_owner=0:0,lazy_itable_init=0,assume_storage_prezeroed=1"])
-        .args(["-d".as_ref(), tree.as_os_str(), file.as_os_str(), size.as_ref()]);
+        .args(more)
+        .args([file.as_os_str(), size.as_ref()]);
     tool.run().await.map(drop)
 }
 

@@ -15,7 +15,7 @@ use clawpot_host::process::{Exit, Finished, Rlimits, Tool, find_program};
 use clawpot_types::{Error, Kind, MiB, Result, VolumeId};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
-use crate::disks::{RemovedOnDrop, blocking, no_room, put_in_place, sweep};
+use crate::disks::{RemovedOnDrop, blocking, make_ext4, no_room, put_in_place, sweep};
 use crate::unpack::program::{FILE, FILE_NAME, USER, VERB};
 
 /// How long a check or a resize may take: `e2fsck` reads every inode, some 4 GiB of them on the largest volume.
@@ -77,7 +77,8 @@ impl LocalVolumes {
             Exit::Code(0) => Ok("nothing was wrong".to_owned()),
             // 1: corrected; 2: corrected, and a mounted one would need a reboot.
             Exit::Code(1 | 2) => Ok(format!("corrected: {}", said(&done))),
-            Exit::Code(4) => {
+            // 4: left uncorrected; 8: it saw no file system that it could begin with.
+            Exit::Code(4 | 8 | 12) => {
                 let what = format!("its file system needs more repair than is done unasked: {}", said(&done));
                 Err(Error::new(Kind::Corrupt, what).hint(format!(
                     "no VM gets it until it is repaired: as a user who may do nothing else, run `e2fsck -y` on a copy of {}, and put \
@@ -107,18 +108,6 @@ fn said(done: &Finished) -> String {
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let last = lines[lines.len().saturating_sub(3)..].join("; ").replace(FILE_NAME, "volume");
     last.chars().map(|c| if c.is_control() { '?' } else { c }).take(500).collect()
-}
-
-async fn format(file: &Path, size: MiB) -> Result<()> {
-    let mke2fs = find_program("mke2fs", std::env::var_os("PATH").as_deref())
-        .map_err(|error| error.hint("install the package e2fsprogs"))?;
-    let size = format!("{}M", size.0);
-    // A new file reads as zeros: see `disks`. Nothing in it is anybody's yet.
-    let tool = Tool::new(mke2fs)
-        .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-L", "volume"])
-        .args(["-E", "root_owner=0:0,lazy_itable_init=0,assume_storage_prezeroed=1"])
-        .args([file.as_os_str(), size.as_ref()]);
-    tool.run().await.map(drop)
 }
 
 /// Whether an ext4 says that it was unmounted in order: `s_state` is "clean" without errors, and its journal needs no recovery.
@@ -157,7 +146,7 @@ impl Volumes for LocalVolumes {
         let what = format!("creating {} of {size}", path.display());
         let half = RemovedOnDrop(fs::temp_name(&path)?);
         let made = async {
-            format(&half.0, size).await?;
+            make_ext4(&half.0, size, "volume", &[]).await?;
             failpoint::reached(Point::VolumeFormatted);
             let (from, to) = (half.0.clone(), path);
             blocking(half, move || put_in_place(&from, &to)).await

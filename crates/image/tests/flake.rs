@@ -301,6 +301,20 @@ async fn hostile_disks_are_told_and_leave_nothing() {
     refused(&host, &bench, &garbage, "").await;
 }
 
+/// Each file may be as large as there is room, and all of them together no more.
+#[tokio::test]
+async fn what_a_result_takes_of_the_store_has_an_end() {
+    let host = Host::new();
+    let helper = Path::new(env!("CARGO_BIN_EXE_clawpot-unpack"));
+    let room = Room { reserve: 0, quota: Some(64 << 20), ..Room::default() };
+    let bench = Bench::open(host.library_with(room), helper, &host.dir.path().join("state")).unwrap();
+    let disk = laid_out(&bench, &id(1)).await;
+    leave_files(&host, &disk, &[("vmlinux", &kernel()), ("rootfs.ext4", &[1]), ("fc-base.json", b"{}")]).await;
+    // Of nothing but a hole.
+    leave(&disk, &["vmlinux", "rootfs.ext4", "fc-base.json"].map(|name| format!("sif {name} size 50000000"))).await;
+    refused(&host, &bench, &id(1), "a file of the result is larger than").await;
+}
+
 async fn refused(host: &Host, bench: &Bench, build: &VmId, why: &str) {
     let error = bench.take(build, revision(Some(digest(b"k"))), &called("evil", false)).await.unwrap_err();
     assert!(error.chain().contains(why), "{why:?}: {}", error.chain());

@@ -91,7 +91,8 @@ async fn what_is_in_disorder_is_checked() {
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     file.write_all_at(&vec![0xa5; 8 << 20], 0).unwrap();
     let error = volumes.check(&id(1)).await.unwrap_err();
-    assert!(matches!(error.kind(), Kind::Corrupt | Kind::Internal), "{}", error.chain());
+    assert_eq!(error.kind(), Kind::Corrupt, "{}", error.chain());
+    assert!(error.next_step().is_some_and(|hint| hint.contains("e2fsck -y")), "{error:?}");
     assert_eq!(std::fs::metadata(&path).unwrap().uid(), 0, "taken back");
 }
 

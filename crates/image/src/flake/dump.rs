@@ -8,7 +8,7 @@ use std::path::Path;
 use clawpot_host::process::{Exit, find_program};
 use clawpot_types::{Error, Kind, Result};
 
-use crate::build::{Builder, Work, blame, blocking, lines, report, take_back, unexpected};
+use crate::build::{Builder, Work, blame, blocking, lines, report, take_back, unexpected, until_it_becomes};
 use crate::unpack::limits::Limits;
 use crate::unpack::wire::{self, Order, Report};
 
@@ -54,10 +54,13 @@ pub async fn dump(builder: &Builder, disk: &Path, files: &[&str], most: u64) -> 
             None => return Ok(work),
             Some(error) => error.context(what()),
         },
-        (Ok(()), Exit::Signal(TOO_LARGE)) => {
-            Error::new(Kind::Exhausted, format!("a file of the result is larger than {} MiB", most >> 20))
-                .hint("that is the size of the disk of results (--disk), or what the image store has left")
-        }
+        (Ok(()), Exit::Signal(TOO_LARGE)) => Error::new(
+            Kind::Exhausted,
+            format!("a file of the result is larger than {} MiB", most >> 20),
+        )
+        .hint(
+            "that is the most for a kernel, the size of the disk of results (--disk), or what the image store has left",
+        ),
         (Ok(()), exit) => blame(Error::new(Kind::Internal, what()), exit, &stderr),
         (Err(error), exit) => blame(error, exit, &stderr),
     };
@@ -91,13 +94,7 @@ fn dialog(socket: &OwnedFd, disk: &File, files: Vec<String>, most: u64) -> Resul
         .map_err(|error| error.hint("install the package e2fsprogs"))?;
     wire::send(socket.as_fd(), &Order::Dump { files, debugfs: debugfs.to_string_lossy().into_owned() }, None)?;
     match report(socket)? {
-        Report::Making { .. } => {}
-        other => return Err(unexpected(&other)),
-    }
-    // The socket closes when it becomes debugfs, and only a failure says something before.
-    match wire::receive::<Report>(socket)? {
-        None => Ok(()),
-        Some((Report::Failed { kind, what, .. }, _)) => Err(Error::new(kind, what)),
-        Some((other, _)) => Err(unexpected(&other)),
+        Report::Making { .. } => until_it_becomes(socket),
+        other => Err(unexpected(&other)),
     }
 }

@@ -18,7 +18,6 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use clawpot_core::ports::{BoxStream, BuildName, ImageDetail, Revision, Source, Workbench};
 use clawpot_host::fs;
-use clawpot_host::process::{Tool, find_program};
 use clawpot_types::{Digest, Error, Kind, MiB, Result, VmId};
 
 use crate::build::Builder;
@@ -153,14 +152,8 @@ impl Workbench for Bench {
     }
 }
 
-/// An empty ext4 in a sparse file. Without a journal: what was synced is there, and nobody replays anything.
+/// Without a journal: what was synced is there, and nobody replays anything.
 async fn format_output(path: &Path, size: MiB) -> Result<()> {
-    let mke2fs = find_program("mke2fs", std::env::var_os("PATH").as_deref())
-        .map_err(|error| error.hint("install the package e2fsprogs"))?;
-    let blocks = format!("{}M", size.0);
-    let tool = Tool::new(mke2fs)
-        .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-L", "build-out", "-O", "^has_journal"])
-        .args(["-E", "root_owner=0:0,lazy_itable_init=0,assume_storage_prezeroed=1"])
-        .args([path.as_os_str(), blocks.as_ref()]);
-    tool.run().await.map(drop).map_err(|error| error.context(format!("making the disk of results {}", path.display())))
+    let made = crate::disks::make_ext4(path, size, "build-out", &["-O".as_ref(), "^has_journal".as_ref()]).await;
+    made.map_err(|error| error.context(format!("making the disk of results {}", path.display())))
 }

@@ -19,7 +19,6 @@ use crate::oci;
 const KERNEL: &str = "vmlinux";
 const ROOTFS: &str = "rootfs.ext4";
 const BASE: &str = "fc-base.json";
-const FILES: [&str; 3] = [KERNEL, ROOTFS, BASE];
 /// Of [`BASE`], bytes.
 const BASE_LIMIT: u64 = 64 << 10;
 /// The least of a file that becomes a hole, bytes: a block.
@@ -42,26 +41,40 @@ struct BaseFile {
 
 pub async fn take(bench: &Bench, build: &VmId, revision: Revision, name: &BuildName) -> Result<ImageDetail> {
     let disk = bench.of(build).join(OUTPUT);
-    let looked = disk.clone();
-    let most = bench
-        .blocking(move |this| {
-            this.library.store.prepare()?;
-            // What is dumped has no holes before it is looked at.
-            let left = this.library.room.left(&this.library.store, LEAST)?;
-            let size = std::fs::symlink_metadata(&looked)
-                .map_err(|error| Error::io(format!("looking at {}", looked.display()), error))?
-                .len();
-            Ok(size.min(left))
-        })
-        .await?;
-    let work = super::dump::dump(&bench.library.builder, &disk, &FILES, most).await?;
+    let builder = &bench.library.builder;
+    // One after the other: the limit is of each file, and what is left is for all of them.
+    let small = [KERNEL, BASE];
+    let most = room(bench, &disk, small.len()).await?;
+    let small = super::dump::dump(builder, &disk, &small, most.min(kernel::LARGEST)).await?;
+    let large = super::dump::dump(builder, &disk, &[ROOTFS], room(bench, &disk, 1).await?).await?;
     let name = name.clone();
-    bench.blocking(move |this| bring_in(this, &work, revision, &name)).await
+    bench.blocking(move |this| bring_in(this, (&small, &large), revision, &name)).await
 }
 
-fn bring_in(bench: &Bench, work: &Work, revision: Revision, name: &BuildName) -> Result<ImageDetail> {
-    let (kernel_path, kernel_file) = open(work, KERNEL)?;
-    let (rootfs_path, rootfs_file) = open(work, ROOTFS)?;
+/// The most that each of so many files of the disk can be, bytes: what is dumped has no holes before it is looked at.
+async fn room(bench: &Bench, disk: &Path, files: usize) -> Result<u64> {
+    let disk = disk.to_owned();
+    bench
+        .blocking(move |this| {
+            this.library.store.prepare()?;
+            let left = this.library.room.left(&this.library.store, LEAST)?;
+            let size = std::fs::symlink_metadata(&disk)
+                .map_err(|error| Error::io(format!("looking at {}", disk.display()), error))?
+                .len();
+            Ok(size.min(left / files as u64))
+        })
+        .await
+}
+
+/// `small` has the kernel and what is said of the machine, `large` the root file system.
+fn bring_in(
+    bench: &Bench,
+    (small, large): (&Work, &Work),
+    revision: Revision,
+    name: &BuildName,
+) -> Result<ImageDetail> {
+    let (kernel_path, kernel_file) = open(small, KERNEL)?;
+    let (rootfs_path, rootfs_file) = open(large, ROOTFS)?;
     let size =
         |file: &File| file.metadata().map(|meta| meta.len()).map_err(|error| Error::io("looking at the result", error));
     let release = kernel::check(&kernel_file, size(&kernel_file)?)?;
@@ -69,7 +82,7 @@ fn bring_in(bench: &Bench, work: &Work, revision: Revision, name: &BuildName) ->
     dig_holes(&rootfs_file).map_err(|error| Error::io("making holes in the result's file system", error))?;
     let kernel = blob(take_over(&kernel_path)?);
     let rootfs = blob(take_over(&rootfs_path)?);
-    let base = base(work)?;
+    let base = base(small)?;
     if let Some(base) = &base {
         for (file, said, found) in [(KERNEL, &base.kernel, &kernel), (ROOTFS, &base.rootfs, &rootfs)] {
             if said.digest != found.digest || said.size != found.size {

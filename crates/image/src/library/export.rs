@@ -78,32 +78,23 @@ fn encode(value: &serde_json::Value) -> Result<Vec<u8>> {
 }
 
 fn write(out: &mut Sender, small: Vec<(String, Vec<u8>)>, large: Vec<(Blob, File)>) -> io::Result<()> {
+    let mut tar = tar::Builder::new(out);
+    let mut add = |name: String, size: u64, data: &mut dyn Read| {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(size);
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        tar.append_data(&mut header, name, data)
+    };
     for (name, bytes) in small {
-        entry(out, &name, bytes.len() as u64, &mut bytes.as_slice())?;
+        add(name, bytes.len() as u64, &mut bytes.as_slice())?;
     }
-    for (blob, file) in large {
-        entry(out, &blob_name(&blob.digest), blob.size, &mut &file)?;
+    // Nobody writes to a blob: they are as long as they were.
+    for (blob, mut file) in large {
+        add(blob_name(&blob.digest), blob.size, &mut file)?;
     }
-    out.write_all(&[0; 1024])?;
-    out.flush()
-}
-
-fn entry(out: &mut Sender, name: &str, size: u64, data: &mut impl Read) -> io::Result<()> {
-    let mut header = tar::Header::new_gnu();
-    header.set_path(name)?;
-    header.set_size(size);
-    header.set_mode(0o644);
-    header.set_mtime(0);
-    header.set_uid(0);
-    header.set_gid(0);
-    header.set_cksum();
-    out.write_all(header.as_bytes())?;
-    let copied = io::copy(&mut data.take(size), out)?;
-    if copied != size {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file became shorter"));
-    }
-    let padding = usize::try_from(size.wrapping_neg() % 512).unwrap_or_default();
-    out.write_all(&[0; 512][..padding])
+    tar.into_inner()?.flush()
 }
 
 struct Sender {
