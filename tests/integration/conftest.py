@@ -56,6 +56,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report.sections.append(("kept", str(kept)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _collected(request: pytest.FixtureRequest, record_testsuite_property: Callable[[str, object], None]) -> None:
+    """In the JUnit report: whoever reads it can tell a run that was cut short (scripts/lib/firecracker_lane.py)."""
+    record_testsuite_property("collected", len(request.session.items))
+
+
 @pytest.fixture(scope="session")
 def workdir() -> Iterator[Path]:
     """On the filesystem of the images."""

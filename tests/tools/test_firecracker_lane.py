@@ -25,7 +25,7 @@ Some words.
 
 def result(**changes: object) -> lane.Result:
     told = {"lane": "nested, subset", "commit": "0123456789", "vmm": "1.16.1", "status": 0, "seconds": 61.2}
-    return lane.Result(**{**told, "passed": 40, "failed": 0, "skipped": 1, **changes})
+    return lane.Result(**{**told, "passed": 40, "failed": 0, "skipped": 1, "collected": 41, **changes})
 
 
 def test_without_firecracker_it_is_skipped_and_says_why(tmp_path: Path) -> None:
@@ -44,7 +44,16 @@ def test_without_firecracker_it_is_skipped_and_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"failed": 1}, {"status": 1}, {"passed": 0}, {"passed": lane.FEWEST - 1}, {"passed": 0, "skipped": 50}]
+    "changes",
+    [
+        {"failed": 1},
+        {"status": 1},
+        {"passed": 0},
+        {"passed": lane.FEWEST - 1, "collected": lane.FEWEST},
+        {"passed": 0, "skipped": 50},
+        {"collected": 42},
+        {"collected": 0},
+    ],
 )
 def test_what_is_no_pass(changes: dict[str, int]) -> None:
     assert result().good
@@ -53,8 +62,27 @@ def test_what_is_no_pass(changes: dict[str, int]) -> None:
 
 def test_a_report_is_counted(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
-    report.write_text('<testsuites><testsuite tests="12" failures="1" errors="2" skipped="3"/></testsuites>')
-    assert lane.counted(report) == (6, 3, 3)
+    suite = '<testsuite tests="12" failures="1" errors="2" skipped="3">'
+    told = '<properties><property name="collected" value="14"/></properties>'
+    report.write_text(f"<testsuites>{suite}{told}</testsuite></testsuites>")
+    assert lane.counted(report) == (6, 3, 3, 14)
+    report.write_text(f"<testsuites>{suite}</testsuite></testsuites>")
+    assert lane.counted(report) == (6, 3, 3, 0)
+
+
+def test_a_run_that_was_cut_short_tells_how_many_tests_it_had(tmp_path: Path) -> None:
+    """pytest itself, with the suite's own conftest: the second of three tests ends the run."""
+    conftest = (REPO / "tests/integration/conftest.py").read_text()
+    begin = conftest.index('@pytest.fixture(scope="session", autouse=True)')
+    fixture = conftest[begin : conftest.index("\n\n\n", begin)]
+    (tmp_path / "conftest.py").write_text(f"from collections.abc import Callable\nimport pytest\n{fixture}\n")
+    tests = "def test_a(): pass\ndef test_b(): raise KeyboardInterrupt\ndef test_c(): pass\n"
+    (tmp_path / "test_three.py").write_text(tests)
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml=report.xml", "test_three.py"]
+    subprocess.run(words, cwd=tmp_path, capture_output=True, check=False, timeout=60)
+    passed, failed, skipped, collected = lane.counted(tmp_path / "report.xml")
+    assert (passed + failed + skipped < 3, collected) == (True, 3)
+    assert not result(passed=passed, failed=failed, skipped=skipped, collected=collected).whole
 
 
 def test_a_row_takes_the_place_of_the_last_one() -> None:
@@ -93,9 +121,10 @@ def test_a_part_of_the_suite_is_not_recorded_as_the_whole(tmp_path: Path, monkey
     specification = tmp_path / "SPECIFICATION.md"
     specification.write_text(SPECIFICATION)
     monkeypatch.setattr(lane, "SPECIFICATION", specification)
-    for status in (2, 3, 4, 5, 255):
-        with pytest.raises(lane.LaneError, match=f"status {status}"):
-            lane.record(result(status=status))
+    # pytest's exit code is 1, too, where what a test leaves behind is found after an interrupt.
+    for changes in ({"status": 2, "collected": 50}, {"status": 1, "failed": 1, "collected": 50}, {"collected": 0}):
+        with pytest.raises(lane.LaneError, match=r"not recorded: 4\d of "):
+            lane.record(result(**changes))
     assert specification.read_text() == SPECIFICATION
     lane.record(result(status=1, failed=1))
     assert "1 failed" in specification.read_text()
