@@ -13,6 +13,8 @@ use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::fs::{self, Cloned};
 use clawpot_host::process::{Exit, Finished, Rlimits, Tool, find_program};
 use clawpot_types::{Error, Kind, MiB, Result, VolumeId};
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::disks::{RemovedOnDrop, blocking, make_ext4, no_room, put_in_place, sweep};
@@ -20,6 +22,8 @@ use crate::unpack::program::{FILE, FILE_NAME, USER, VERB};
 
 /// How long a check or a resize may take: `e2fsck` reads every inode, some 4 GiB of them on the largest volume.
 const LIMIT: Duration = Duration::from_secs(1800);
+/// Between two looks whether a file is free.
+const AGAIN: Duration = Duration::from_millis(10);
 
 /// The [`Volumes`] port over `STATE/volumes`.
 #[derive(Debug)]
@@ -53,7 +57,7 @@ impl LocalVolumes {
         let what = format!("running {program} on {}", path.display());
         let found = find_program(program, std::env::var_os("PATH").as_deref())
             .map_err(|error| error.hint("install the package e2fsprogs"))?;
-        let file = lend(&path)?;
+        let file = lend(&path).await?;
         let size = file.metadata().map_err(|error| Error::io(what.clone(), error))?.len();
         let rlimits = Rlimits { fsize: Some(size), ..Rlimits::default() };
         let done = Tool::new(&self.helper)
@@ -91,10 +95,23 @@ impl LocalVolumes {
     }
 }
 
-/// Opened to read and write, and the confined user's from here on.
-fn lend(path: &Path) -> Result<File> {
+/// Opened to read and write, and the confined user's from here on. Locked for as long as anybody has it open: what a server that
+/// was killed had started is still at work on it, and would be beside the next.
+async fn lend(path: &Path) -> Result<File> {
     let what = || format!("opening {}", path.display());
     let file = File::options().read(true).write(true).open(path).map_err(|error| Error::io(what(), error))?;
+    let alone = async {
+        loop {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) => tokio::time::sleep(AGAIN).await,
+                done => return done.map_err(|errno| Error::io(what(), errno.into())),
+            }
+        }
+    };
+    tokio::time::timeout(LIMIT, alone).await.unwrap_or_else(|_| {
+        let what = format!("{}: another program has worked on it for {} s", path.display(), LIMIT.as_secs());
+        Err(Error::new(Kind::Timeout, what).hint(format!("see which with `fuser -v {}`, and end it", path.display())))
+    })?;
     file.set_permissions(Permissions::from_mode(0o600))
         .and_then(|()| std::os::unix::fs::fchown(&file, Some(USER), Some(USER)))
         .map_err(|error| Error::io(what(), error))?;

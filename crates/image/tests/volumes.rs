@@ -132,3 +132,19 @@ async fn the_program_may_do_nothing_else() {
     let (fine, said) = run(&["/usr/bin/sh", "-c", "true & wait"]).await;
     assert!(!fine, "it starts no process: {said}");
 }
+
+/// A server was killed in the middle of a resize; its program goes on by itself, and the next server is there already.
+#[tokio::test]
+async fn what_a_dead_server_had_started_is_waited_for() {
+    let Some((_dir, volumes)) = place() else { return };
+    volumes.create(&id(1), SIZE).await.unwrap();
+    let works = std::fs::File::open(volumes.path(&id(1))).unwrap();
+    rustix::fs::flock(&works, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let one = id(1);
+    let mut growing = std::pin::pin!(volumes.grow(&one, MiB(512)));
+    let early = tokio::time::timeout(std::time::Duration::from_secs(2), &mut growing).await;
+    assert!(early.is_err(), "beside the other: {early:?}");
+    drop(works);
+    growing.await.unwrap();
+    assert_eq!(size_of(&volumes.path(&id(1))).await, MiB(512));
+}
