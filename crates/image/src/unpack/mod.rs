@@ -168,7 +168,8 @@ fn file_system_bytes(blocks: u64, inodes: u64) -> u64 {
     bytes.next_multiple_of(1 << 20)
 }
 
-/// Bytes in whole blocks and inodes of the tree. Files with several names count once.
+/// Bytes in whole blocks and inodes of the tree. Files with several names count once; not so symbolic links, of which `mke2fs` makes
+/// one for each name.
 fn measure() -> Result<(u64, u64)> {
     let mut seen = std::collections::HashSet::new();
     let (mut bytes, mut inodes) = (0, 0_u64);
@@ -179,14 +180,15 @@ fn measure() -> Result<(u64, u64)> {
             let entry = entry.map_err(failed)?;
             let stat = rustix::fs::statat(rustix::fs::CWD, entry.path(), AtFlags::SYMLINK_NOFOLLOW)
                 .map_err(|errno| failed(errno.into()))?;
-            if stat.st_nlink > 1 && !entry.file_type().map_err(failed)?.is_dir() && !seen.insert(stat.st_ino) {
+            let kind = entry.file_type().map_err(failed)?;
+            if stat.st_nlink > 1 && !kind.is_dir() && !kind.is_symlink() && !seen.insert(stat.st_ino) {
                 continue;
             }
             inodes += 1;
             // Holes count as nothing; the least is a block, as a directory has one too.
             bytes +=
                 u64::try_from(stat.st_blocks).unwrap_or_default().saturating_mul(512).next_multiple_of(4096).max(4096);
-            if entry.file_type().map_err(failed)?.is_dir() {
+            if kind.is_dir() {
                 todo.push(entry.path());
             }
         }
