@@ -16,7 +16,8 @@ type Failure = Box<dyn std::error::Error>;
 fn connect(dir: &str) -> Result<BufReader<UnixStream>, Failure> {
     let mut stream = UnixStream::connect(vsock_uds_path(dir))?;
     stream.set_read_timeout(Some(Duration::from_secs(DEFAULT_TIMEOUT_SECS)))?;
-    writeln!(stream, "CONNECT {BUILDER_AGENT_PORT}")?;
+    // In one piece: Firecracker hangs up where the first it reads is a part of the line.
+    stream.write_all(format!("CONNECT {BUILDER_AGENT_PORT}\n").as_bytes())?;
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
     reader.read_line(&mut line)?;
