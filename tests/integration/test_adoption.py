@@ -152,12 +152,56 @@ def test_a_stranger_leaves_a_machines_cgroup(quick: Server, sleeper: subprocess.
     _, group = _intruded(quick, sleeper, 0)
     quick.start()
     until(lambda: quick.cli.inspect("unseen")["phase"] == "quarantined", seconds=60, what="its quarantine")
-    # To the top: a group in between that passes controllers on may hold no process.
-    top = next(path for path in group.parents if path.is_mount())
-    (top / "cgroup.procs").write_text(str(sleeper.pid))
+    (_top(group) / "cgroup.procs").write_text(str(sleeper.pid))
     until(lambda: quick.cli.inspect("unseen")["phase"] == "failed", seconds=60, what="the machine's end to be told")
     quick.cli("rm", "unseen").ok()
     assert sleeper.poll() is None
+
+
+def _top(group: Path) -> Path:
+    """A group in between that passes controllers on may hold no process."""
+    return next(path for path in group.parents if path.is_mount())
+
+
+def _move(pids: list[int], group: Path) -> None:
+    for pid in pids:
+        (group / "cgroup.procs").write_text(str(pid))
+
+
+def test_a_vmm_moved_out_of_its_cgroup(server: Server, vm: str) -> None:
+    """It has not ended, whatever its empty cgroup looks like: shown, untouched, and the same VM again once it is back."""
+    boot = server.cli.sh(vm, "cat /proc/sys/kernel/random/boot_id").ok().text
+    vm_id = server.cli.inspect(vm)["id"]
+    (group,) = _groups(server, vm_id)
+    pids = server.vmm_pids(vm_id)
+    assert pids
+    for restarted in (False, True):
+        if restarted:
+            server.kill9()
+        _move(pids, _top(group))
+        if restarted:
+            server.start()
+        until(lambda: server.cli.inspect(vm)["phase"] == "quarantined", seconds=20, what="its quarantine")
+        failure = server.cli.inspect(vm)["failure"]
+        assert str(pids[0]) in failure["message"] and "not in its cgroup" in failure["message"], failure
+        server.cli("rm", vm).fails(1, "not in its cgroup")
+        assert all(Path(f"/proc/{pid}/exe").exists() for pid in pids)
+        _move(pids, group)
+        until(lambda: server.cli.inspect(vm)["phase"] == "running", seconds=20, what="its release")
+        assert server.cli.sh(vm, "cat /proc/sys/kernel/random/boot_id").ok().text == boot
+    assert server.cli.inspect(vm)["incarnation"] == 1
+
+
+def test_a_moved_vmm_is_ended_by_force(quick: Server) -> None:
+    quick.cli("create", "--name", "moved", "debian").ok()
+    vm_id = quick.cli.inspect("moved")["id"]
+    pids = until(lambda: quick.vmm_pids(vm_id), seconds=30, what="its machine")
+    (group,) = _groups(quick, vm_id)
+    _move(pids, _top(group))
+    until(lambda: quick.cli.inspect("moved")["phase"] == "quarantined", seconds=20, what="its quarantine")
+    quick.cli("rm", "--force", "moved").ok()
+    until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), what="the end of the VMM")
+    assert not [thing for thing in quick.traces.now() if vm_id in thing]
 
 
 def _groups(server: Server, vm_id: str) -> list[Path]:

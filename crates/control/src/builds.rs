@@ -14,6 +14,7 @@ use clawpot_core::ports::{
     Source, Txn, Workbench,
 };
 use clawpot_core::{DiskSource, ExtraDisk, ImagePin, Phase, Reach, RestartPolicy, VmRecord, VmSpec};
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Digest, Error, ImageRef, Kind, MiB, Millis, Result, Timestamp, Vcpus, VmId};
 use futures_util::StreamExt as _;
 use tokio::sync::broadcast::error::RecvError;
@@ -308,7 +309,9 @@ impl One<'_> {
         let source = match build.flake {
             FlakeSource::Local => {
                 self.step("receiving the flake's directory").await;
-                Some(bench.receive(self.id, archive).await?)
+                let source = bench.receive(self.id, archive).await?;
+                failpoint::reached(Point::BuildReceived);
+                Some(source)
             }
             FlakeSource::Remote(_) => None,
         };
@@ -318,6 +321,7 @@ impl One<'_> {
         }
         self.step("making its disks").await;
         let disks = bench.lay_out(self.id, build.disk).await?;
+        failpoint::reached(Point::BuildLaidOut);
         Ok(Prepared::Ready { builder, source, disks })
     }
 
@@ -372,6 +376,7 @@ impl One<'_> {
             restart: RestartPolicy::Never,
         };
         let (_, record) = self.builds.service.create("", body, self.actor).await?;
+        failpoint::reached(Point::BuildAccepted);
         Ok((record.id.clone(), Attachment::new(&self.builds.service, &record.id)))
     }
 

@@ -91,7 +91,7 @@ fn is_stray(service: &Service, machine: &MachineId) -> bool {
 
 async fn end(vmm: &dyn Vmm, machine: &MachineId) -> Result<()> {
     if let Fact::Present(VmmFact::Unproven { why }) = vmm.inspect(machine).await {
-        let hint = "end or move away the processes in its cgroup; after the next start of the server it goes";
+        let hint = "put its cgroup in order: others' processes out of it, its own back; after the next start of the server it goes";
         return Err(Error::new(Kind::FailedPrecondition, why).hint(hint));
     }
     vmm.stop(machine).await?;

@@ -153,8 +153,9 @@ async fn a_stranger_in_its_group_quarantines_a_vm_until_it_leaves() {
     let mut house = House::new().await;
     let id = house.running("web").await;
     let left = house.host.left_behind();
-    // Its VMM is there, elsewhere.
+    // Its VMM is there, elsewhere: seen by the server that watches, and by the next one.
     house.host.intrude(&id, true);
+    house.until(&id, Some(Phase::Quarantined)).await;
     house.restart().await;
     house.until(&id, Some(Phase::Quarantined)).await;
     assert!(house.record(&id).quarantine.as_ref().unwrap().message.contains("another group"));

@@ -108,16 +108,49 @@ points! {
     DiskNamed = "image.disk_named",
     DiskRemoved = "image.disk_removed",
 
+    /// An archive, in files of its own.
+    ArchiveReceived = "library.received",
+    /// Its layers are the store's; no image has them yet.
+    LayersKept = "library.kept",
+    /// One layer; the helper waits for the next.
+    LayerUnpacked = "library.unpacked",
+    /// A file system that is nobody's yet.
+    ImageBuilt = "library.built",
+    /// It lies under its digest; no manifest names it.
+    ImageAdopted = "library.adopted",
+    /// Its manifest bears no name.
+    ImageDescribed = "library.described",
+    ImageNamed = "library.named",
+
+    /// The flake's sources are in the build's directory.
+    BuildReceived = "build.received",
+    /// Its disks are made; there is no VM yet.
+    BuildLaidOut = "build.laid_out",
+    /// Its VM is accepted.
+    BuildAccepted = "build.accepted",
+
     /// In a transaction that is not committed.
     StoreWritten = "store.written",
     /// Nobody has been told.
     StoreCommitted = "store.committed",
 
+    /// A machine's share was promised to a VM; nothing of it is written down.
+    Admitted = "control.admitted",
     Accepted = "control.accepted",
     Intended = "control.intended",
     StepDone = "control.step_done",
     GuestSaidHello = "control.guest_said_hello",
     GuestAsked = "control.guest_asked",
+    /// Any other than the four below.
     PhaseWritten = "control.phase_written",
+    /// Its machine ended, and its policy has it started again.
+    RestartPlanned = "control.restart_planned",
+    /// The pause before a start by policy is over.
+    RestartBegun = "control.restart_begun",
+    Quarantined = "control.quarantined",
+    /// Out of quarantine.
+    Released = "control.released",
+    /// Its time to live is over; nothing was done about it yet.
+    Expired = "control.expired",
     Forgotten = "control.forgotten",
 }

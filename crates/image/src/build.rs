@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::fs;
 use clawpot_host::process::{Child, Exit, Output, Spawn, find_program};
 use clawpot_types::{Digest, Error, Kind, Result};
@@ -203,6 +204,7 @@ fn dialog(
                         other => return Err(unexpected(&other)),
                     }
                 }
+                failpoint::reached(Point::LayerUnpacked);
             }
             Some(Feed::End) => break,
         }

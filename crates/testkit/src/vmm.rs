@@ -92,13 +92,12 @@ impl Vmm for FakeVmm {
     }
 
     async fn exited(&self, id: &MachineId) {
-        let lives = |inventory: &Inventory| {
-            inventory
-                .machines
-                .get(id)
-                .is_some_and(|machine| machine.stranger || matches!(machine.process, FakeProcess::Lives { .. }))
+        // What was moved out of its group is not there any more, though it lives.
+        let there = |machine: &FakeMachine| {
+            machine.stranger || !machine.moved && matches!(machine.process, FakeProcess::Lives { .. })
         };
-        self.host.wait_for(|inventory| (!lives(inventory)).then_some(())).await;
+        let populated = |inventory: &Inventory| inventory.machines.get(id).is_some_and(there);
+        self.host.wait_for(|inventory| (!populated(inventory)).then_some(())).await;
     }
 
     async fn stop(&self, id: &MachineId) -> Result<()> {

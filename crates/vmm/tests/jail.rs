@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use clawpot_core::ports::Console;
 use clawpot_core::{Fact, VmmEnd, VmmFact, VmmKind};
 use clawpot_host::cgroup::{Cgroups, Limits};
-use clawpot_host::process::Spawn;
+use clawpot_host::process::{Spawn, User};
 use clawpot_types::Kind;
 use clawpot_vmm::console::Consoles;
 use clawpot_vmm::jail::{DISK, Jail, Jails, KERNEL};
@@ -170,6 +170,69 @@ async fn another_daemon_adopts() {
     second.destroy(&machine.id).await.unwrap();
     consoles.erase(&machine.id.vm).await.unwrap();
     assert!(futures_util::StreamExt::next(&mut output).await.is_none(), "a follower outlives the log");
+    place.nothing_left(&second.list().unwrap());
+}
+
+/// An administrator's doing, or a service manager's: its group is empty, and it lives.
+#[tokio::test]
+async fn a_vmm_moved_out_of_its_group_has_not_ended() {
+    if !needs_root() {
+        return;
+    }
+    let place = Place::new();
+    let machine = place.machine();
+    let (first, first_consoles) = jails(&place);
+    first.prepare(&machine).await.unwrap();
+    let user = User { uid: machine.seat.uid, gid: machine.seat.gid };
+    first.start(&machine.id, LIMITS, move |_| Ok(shell("exec sleep 60").user(user))).await.unwrap();
+    let jail = first.jail(&machine.id).unwrap();
+    let pid = jail.cgroup().members().unwrap()[0].pid;
+    // A group in between that passes controllers on may hold no process.
+    let elsewhere = Cgroups::find().unwrap().root().to_owned();
+    let put = |group: &Path| {
+        let mut procs = File::options().write(true).open(group.join("cgroup.procs")).unwrap();
+        std::io::Write::write_all(&mut procs, pid.to_string().as_bytes()).unwrap();
+    };
+    let unproven = |fact: Fact<VmmFact>| match fact {
+        Fact::Present(VmmFact::Unproven { why }) => why.contains(&pid.to_string()),
+        other => panic!("{other:?}"),
+    };
+    let limit = Duration::from_secs(5);
+    let waiting = tokio::spawn({
+        let (jails, id) = (first.clone(), machine.id.clone());
+        async move { jails.exited(&id).await }
+    });
+    put(&elsewhere);
+    // Whoever waits for its end learns that something is up.
+    tokio::time::timeout(limit, waiting).await.unwrap().unwrap();
+    assert!(unproven(tokio::time::timeout(limit, first.inspect(&machine.id)).await.unwrap()));
+    for refused in [first.prepare(&machine).await, first.destroy(&machine.id).await] {
+        assert_eq!(refused.unwrap_err().kind(), Kind::FailedPrecondition);
+    }
+    put(jail.cgroup().path());
+    assert_eq!(first.inspect(&machine.id).await, RUNNING);
+    put(&elsewhere);
+    // Nor does another daemon take it for dead; nor where somebody removed the empty group.
+    drop((first, first_consoles));
+    let (second, consoles) = jails(&place);
+    assert!(unproven(second.inspect(&machine.id).await));
+    jail.cgroup().remove().await.unwrap();
+    assert!(unproven(second.inspect(&machine.id).await));
+    // Another user's process is not the machine's, whatever number and start it has.
+    let manifest = jail.dir().join("machine.json");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    let others = text.replace(&machine.seat.uid.to_string(), "1");
+    assert_ne!(text, others);
+    clawpot_host::fs::replace(&manifest, others.as_bytes(), 0o600).unwrap();
+    assert_eq!(second.inspect(&machine.id).await, exited("it ended while no server watched"));
+    clawpot_host::fs::replace(&manifest, text.as_bytes(), 0o600).unwrap();
+    // Only on a word: it is killed where it is.
+    second.stop(&machine.id).unwrap();
+    second.exited(&machine.id).await;
+    second.destroy(&machine.id).await.unwrap();
+    assert_eq!(second.inspect(&machine.id).await, Fact::Absent);
+    assert!(!Path::new(&format!("/proc/{pid}/exe")).exists());
+    consoles.erase(&machine.id.vm).await.unwrap();
     place.nothing_left(&second.list().unwrap());
 }
 

@@ -1,17 +1,20 @@
 """A server that dies at named points of what it does (crates/failpoint), and VMs' lives in which it does so again and again."""
 
+import json
+import os
 import random
 import signal
-import subprocess
+import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .cli import binaries
-from .server import VMM, Server
+from .server import ASSETS, VMM, Server
 from .tools import run, until, within
 from .world import World
 
@@ -19,8 +22,11 @@ from .world import World
 DEATH = within(60)
 #: Points that are passed in the background, after the command that led there has ended: a spare disk, limits of version 1.
 AFTERMATH = within(1)
-#: What each life consists of. `create sized` is for a disk of a size that no disk had before.
+#: What a life consists of. `create sized` is for a disk of a size that no disk had before.
 VERBS = ("create sized", "create", "stop", "start", "delete")
+#: What an odd one consists of: its VMM dies and its policy starts it again, somebody moves the VMM out of its cgroup and back,
+#: its time to live is over.
+ODD = ("create", "break", "lose", "find", "expire", "delete")
 
 
 def program() -> Path:
@@ -36,8 +42,9 @@ def all_points() -> list[str]:
 class Mortal(Server):
     """A server built with failpoints."""
 
-    def __init__(self, world: World, state_dir: Path, *options: object) -> None:
-        super().__init__(world, state_dir, "--vmm", VMM, "--edge", binaries() / "clawpot-edge", *options)
+    def __init__(self, world: World, state_dir: Path, *options: object, image_dir: Path = ASSETS) -> None:
+        edge = binaries() / "clawpot-edge"
+        super().__init__(world, state_dir, "--vmm", VMM, "--edge", edge, *options, image_dir=image_dir)
         self.orders = state_dir.with_name(f"{state_dir.name}-failpoints")
         self.orders.mkdir(parents=True, exist_ok=True)
 
@@ -101,7 +108,12 @@ class Lives:
         self.random = random.Random(seed)
         self.name = "mortal"
         self.size = 1024
+        self.restart = "never"
         self.token = ""
+        #: Machines that the VM has had.
+        self.machines = 0
+        #: Its VMM, while somebody has moved it.
+        self.moved: list[int] = []
         #: What each verb passes when nothing goes wrong: points in order.
         self.known: dict[str, list[str]] = {}
         self.before = server.start().steady()
@@ -109,35 +121,81 @@ class Lives:
     # One verb.
 
     def words(self, verb: str) -> list[str]:
+        """Of the command; none where it is not a client who acts."""
         if verb == "create sized":
             self.size += 1
         if verb.startswith("create"):
-            return ["create", "--name", self.name, "--disk", f"{self.size}M", "debian"]
-        return {"stop": ["stop", self.name], "start": ["start", "--no-wait", self.name], "delete": ["rm", self.name]}[verb]
+            return ["create", "--name", self.name, "--disk", f"{self.size}M", "--restart", self.restart, "debian"]
+        return {
+            "stop": ["stop", self.name],
+            "start": ["start", "--no-wait", self.name],
+            "expire": ["ttl", self.name, "1s"],
+            "delete": ["rm", self.name],
+        }.get(verb, [])
+
+    def provoke(self, verb: str) -> None:
+        """What others than clients do."""
+        if verb in ("create", "create sized"):
+            self.machines, self.moved = 1, []
+        elif verb in ("start", "break"):
+            self.machines += 1
+        vm_id = self.record().get("id", "")
+        if verb == "break":
+            for pid in self.server.vmm_pids(vm_id):
+                os.kill(pid, signal.SIGKILL)
+        elif verb in ("lose", "find"):
+            (group,) = [
+                path for path in self.server.traces.cgroups() if vm_id in path.name and (path / "cgroup.events").exists()
+            ]
+            # A group in between that passes controllers on may hold no process.
+            top = next(path for path in group.parents if path.is_mount())
+            self.moved = self.moved or self.server.vmm_pids(vm_id)
+            for pid in self.moved:
+                ((top if verb == "lose" else group) / "cgroup.procs").write_text(str(pid))
+
+    def record(self) -> dict[str, Any]:
+        """As the store has it, whether or not a server lives; empty when there is none."""
+        with sqlite3.connect(self.server.state_dir / "state.db", timeout=10) as store:
+            rows = store.execute("SELECT value FROM kv WHERE key LIKE 'vms/%'").fetchall()
+        store.close()
+        found = [json.loads(value) for (value,) in rows]
+        return next((record for record in found if record["name"] == self.name), {})
+
+    def reached(self, verb: str) -> bool:
+        """Whether what nobody is told of has happened."""
+        if verb not in ("break", "lose", "find", "expire"):
+            return True
+        record = self.record()
+        up = record["phase"] in ("booting", "running") and record["incarnation"] == self.machines
+        return {"lose": record["phase"] == "quarantined", "expire": record["phase"] == "stopped"}.get(verb, up)
 
     def do(self, verb: str, death: tuple[str, int] | None, again: tuple[str, int] | None = None) -> None:
         """`death`: at which point and which hit; `again`: the same for the server that comes up after it."""
         server = self.server
         if death:
             server.arm(*death)
-        process = server.cli.start(*self.words(verb))
+        self.provoke(verb)
+        words = self.words(verb)
+        process = server.cli.start(*words) if words else None
         try:
             if death:
-                self.await_death(process, *death, again=again)
-            errors = process.communicate(timeout=within(90))[1].decode()
+                over = lambda: (process is None or process.poll() is not None) and self.reached(verb)  # noqa: E731
+                self.await_death(over, *death, again=again)
+            errors = process.communicate(timeout=within(90))[1].decode() if process else ""
         except BaseException:
-            process.kill()
-            process.communicate()
+            if process:
+                process.kill()
+                process.communicate()
             raise
-        assert process.returncode == 0, f"{verb}: exit {process.returncode}: {errors}"
+        assert process is None or process.returncode == 0, f"{verb}: exit {process.returncode}: {errors}"
         self.check(verb)
 
-    def await_death(self, process: subprocess.Popen[bytes], point: str, nth: int, again: tuple[str, int] | None) -> None:
+    def await_death(self, over: Callable[[], bool], point: str, nth: int, again: tuple[str, int] | None) -> None:
         server, deadline, done, passed = self.server, time.monotonic() + DEATH, None, 0
         while not server.died():
             now = time.monotonic()
             # From the last point that was passed: on a busy machine what is done in the background takes longer.
-            if process.poll() is not None and (done is None or passed != server.passed()):
+            if (done is None and over()) or (done is not None and passed != server.passed()):
                 done, passed = now, server.passed()
             # Hello is said long after the command has ended, if at all.
             patience = DEATH if "guest" in point else AFTERMATH
@@ -174,20 +232,25 @@ class Lives:
         server.kill9()
 
     def check(self, verb: str) -> None:
+        until(lambda: self.reached(verb), seconds=30, what=f"the end of {verb}")
         found = self.server.cli.ls()
         if verb == "delete":
             assert found == [], found
             return
         (vm,) = found
-        # A second incarnation of what was asked for once would be a machine that was lost on the way.
-        expected = 2 if verb == "start" else 1
-        if verb == "stop":
-            assert (vm["phase"], vm["incarnation"]) == ("stopped", expected), vm
-            assert not self.server.vmm_pids(vm["id"])
-            return
-        vm_id = vm["id"]
-        until(lambda: self.boots(vm_id), seconds=30, what=f"a machine after {verb}")
-        assert self.server.cli.inspect(vm_id)["incarnation"] == expected, self.server.cli.inspect(vm_id)
+        vm_id, pids = vm["id"], self.server.vmm_pids(vm["id"])
+        # One more machine than was asked for would be one that was lost on the way.
+        assert vm["incarnation"] == self.machines, vm
+        if verb in ("stop", "expire"):
+            assert vm["phase"] == "stopped" and not pids, vm
+            assert self.record()["exit"]["reason"] == {"stop": "stopped", "expire": "ttl_over"}[verb], vm
+        elif verb == "lose":
+            assert vm["phase"] == "quarantined" and not pids, vm
+            assert all(Path(f"/proc/{pid}/exe").exists() for pid in self.moved), vm
+        else:
+            until(lambda: self.boots(vm_id), seconds=30, what=f"a machine after {verb}")
+            assert self.server.cli.inspect(vm_id)["incarnation"] == self.machines, self.server.cli.inspect(vm_id)
+            assert verb != "find" or self.server.vmm_pids(vm_id) == self.moved, self.moved
 
     def boots(self, vm_id: str) -> bool:
         vm = self.server.cli.inspect(vm_id)
@@ -196,19 +259,27 @@ class Lives:
 
     # Whole lives.
 
-    def live(self, deaths: Callable[[str], tuple[str, int] | None], *, sized: bool, booted: bool, doubly: float = 0) -> None:
-        """`booted`: guests come up, and what one wrote is there after the next start."""
+    def live(
+        self,
+        deaths: Callable[[str], tuple[str, int] | None],
+        *,
+        sized: bool = False,
+        booted: bool = False,
+        odd: bool = False,
+        doubly: float = 0,
+    ) -> None:
+        """`booted`: guests come up, and what one wrote is there after the next start. Not in an odd life."""
         story = []
+        self.restart = "on-failure" if odd else "never"
+        left_out = "create" if sized else "create sized"
         try:
-            for verb in VERBS:
-                if verb == ("create" if sized else "create sized"):
-                    continue
+            for verb in ODD if odd else [verb for verb in VERBS if verb != left_out]:
                 death = deaths(verb)
                 again = self.pick(verb) if death and self.random.random() < doubly else None
                 story.append(f"{verb} {death} {again or ''}" if death else verb)
                 self.do(verb, death, again)
                 if verb != "delete":
-                    self.visit(verb, booted)
+                    self.visit(verb, booted and not odd)
             left = self.server.settle(self.before)
             assert not left, f"left behind: {dict(left)}"
         except AssertionError as wrong:
@@ -230,19 +301,21 @@ class Lives:
             cli.sh(self.name, f"echo {self.token} > /root/token; sync").ok()
 
     def learn(self, *, booted: bool) -> None:
-        """What is passed on the way, from two lives without a death: the second takes a spare disk."""
-        for sized, boots in ((True, False), (False, booted)):
+        """What is passed on the way, from three lives without a death: the second takes a spare disk, the third is odd."""
+        for sized, boots, odd in ((True, False, False), (False, booted, False), (False, False, True)):
             marks: list[tuple[str, int]] = []
 
             def mark(verb: str, marks: list[tuple[str, int]] = marks) -> None:
                 self.rest()
                 marks.append((verb, len(self.server.hits())))
 
-            self.live(mark, sized=sized, booted=boots)
+            self.live(mark, sized=sized, booted=boots, odd=odd)
             hits = self.server.hits()
             ends = [at for _, at in marks[1:]] + [len(hits)]
             for (verb, begin), end in zip(marks, ends, strict=True):
-                self.known[verb] = hits[begin:end]
+                # What every life has is learnt from one in which the guest had time to boot.
+                if not odd or verb not in self.known:
+                    self.known[verb] = hits[begin:end]
 
     def rest(self) -> None:
         """Until nothing more is passed."""

@@ -127,7 +127,10 @@ impl Runner {
         let mut events = vec![event(&self.deps, &next, "vm.expire", wanted, SERVER)];
         events.extend(self.exit_event(record, &next));
         info!(vm = %next.id, name = %next.name, "its time to live is over");
-        self.records.swap(revision, next, events, Durability::Full).await.map(drop)
+        if self.records.swap(revision, next, events, Durability::Full).await?.is_some() {
+            failpoint::reached(Point::Expired);
+        }
+        Ok(())
     }
 
     /// `true` when the record is gone.
@@ -157,7 +160,7 @@ impl Runner {
         let mut events = vec![event(&self.deps, &next, "vm.phase", message, SERVER)];
         events.extend(self.exit_event(before, &next));
         if self.records.swap(revision, next.clone(), events, durability).await?.is_some() {
-            failpoint::reached(Point::PhaseWritten);
+            failpoint::reached(written(before, &next));
             info!(vm = %next.id, name = %next.name, from = %before.phase, to = %next.phase, "phase");
         }
         Ok(())
@@ -167,6 +170,17 @@ impl Runner {
     fn exit_event(&self, before: &VmRecord, next: &VmRecord) -> Option<Draft> {
         let Exit { reason, by, message, .. } = next.exit.as_ref().filter(|exit| before.exit.as_ref() != Some(exit))?;
         Some(event(&self.deps, next, "vm.exit", format!("{reason}: {message}"), by))
+    }
+}
+
+/// What a change of phase is to whoever looks for a moment to die at.
+fn written(before: &VmRecord, next: &VmRecord) -> Point {
+    match (before.phase, next.phase) {
+        (_, Phase::Quarantined) => Point::Quarantined,
+        (Phase::Quarantined, _) => Point::Released,
+        (_, Phase::Preparing) if before.restart.at.is_some() => Point::RestartBegun,
+        _ if next.restart.at.is_some() && before.restart.at.is_none() => Point::RestartPlanned,
+        _ => Point::PhaseWritten,
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use clawpot_core::admission::{Budgets, Claim, may_have_machine};
 use clawpot_core::{Phase, VmRecord};
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{MiB, Result, VmId, VolumeId};
 
 use super::Service;
@@ -51,6 +52,7 @@ impl Service {
         let budgets = Budgets::new(&self.deps.settings.admission, &room, self.deps.net.slots(), held);
         budgets.admit(asked).map_err(|short| short.error(doing))?;
         promised.insert(record.id.clone(), Claim::whole(&record.spec, self.deps.vmms.footprint(record)));
+        failpoint::reached(Point::Admitted);
         Ok(Promise { ledger: ledger.clone(), id: record.id.clone() })
     }
 

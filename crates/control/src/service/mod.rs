@@ -230,7 +230,8 @@ pub(crate) fn because_quarantined(record: &VmRecord, error: Error) -> Error {
 #[must_use]
 pub fn quarantine_hint(name: &clawpot_types::VmName) -> String {
     format!(
-        "end or move away the processes in its cgroup, or give the VM up with all of them: clawpot rm --force {name}"
+        "put its cgroup in order (others' processes out of it, its own back into it), or give the VM up with all of them: \
+         clawpot rm --force {name}"
     )
 }
 

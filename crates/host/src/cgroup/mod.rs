@@ -173,6 +173,11 @@ impl Cgroup {
         Ok(members)
     }
 
+    /// Whether it lives in this group or below it.
+    pub fn holds(&self, pid: u32) -> Result<bool> {
+        Ok(self.prove(pid)?.is_some())
+    }
+
     /// The number was read a moment ago: hold the process, look whether it is in the group, look whether it still lives.
     fn prove(&self, pid: u32) -> Result<Option<Member>> {
         let what = || format!("identifying process {pid} of the cgroup {}", self.name);

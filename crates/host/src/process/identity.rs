@@ -29,8 +29,11 @@ pub enum Proof {
     Gone,
     /// It is that process, and it is about to be gone: its main thread has ended, another has not.
     Ending,
-    /// The same process, in another cgroup: somebody moved it.
-    Moved(String),
+    /// The same process as far as its number and its start tell, in another cgroup: somebody moved it.
+    Moved {
+        pidfd: OwnedFd,
+        how: String,
+    },
     /// The same process, which has executed another program since.
     OtherProgram(String),
 }
@@ -73,7 +76,7 @@ impl Identity {
         }
         if now.cgroup != self.cgroup {
             let how = format!("its cgroup is {:?}, not {:?}", now.cgroup, self.cgroup);
-            return Ok(Proof::Moved(how));
+            return Ok(Proof::Moved { pidfd, how });
         }
         if now.exe != self.exe {
             return Ok(Proof::OtherProgram(format!("its program is {:?}, not {:?}", now.exe, self.exe)));
@@ -106,6 +109,14 @@ fn hold(pid: u32) -> Result<Option<OwnedFd>> {
 pub(crate) fn cgroup_of(pid: u32) -> Result<Option<String>> {
     let text = read_proc(pid, "cgroup")?;
     Ok(text.and_then(|text| text.lines().find_map(|line| line.strip_prefix("0::").map(str::to_owned))))
+}
+
+/// The user whose process it is (the real one); `None`: it is gone.
+pub fn user_of(pid: u32) -> Result<Option<u32>> {
+    let Some(status) = read_proc(pid, "status")? else { return Ok(None) };
+    let user = status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok());
+    let unreadable = || Error::new(Kind::Internal, format!("{}: its status names no user", identifying(pid)));
+    user.map(Some).ok_or_else(unreadable)
 }
 
 /// Whether it is a thread of the kernel's; `None`: it is gone. KVM (Linux 6.1 seen) puts one, `kvm-nx-lpage-recovery`, into
@@ -155,6 +166,8 @@ mod tests {
         assert_eq!(kernel_thread(kernels), Some(true));
         assert_eq!(is_kernel_thread(std::process::id()).unwrap(), Some(false));
         assert_eq!(start_ticks("42 (a"), None);
+        assert_eq!(user_of(std::process::id()).unwrap(), Some(rustix::process::getuid().as_raw()));
+        assert_eq!(user_of(u32::MAX).unwrap(), None);
     }
 
     #[test]
@@ -168,7 +181,7 @@ mod tests {
         let other_program = Identity { exe: (0, 0), ..own.clone() };
         assert!(matches!(other_program.prove().unwrap(), Proof::OtherProgram(_)));
         let moved = Identity { cgroup: "/elsewhere".to_owned(), ..own };
-        assert!(matches!(moved.prove().unwrap(), Proof::Moved(_)));
+        assert!(matches!(moved.prove().unwrap(), Proof::Moved { .. }));
         assert_eq!(Identity::of(u32::MAX).unwrap_err().kind(), Kind::NotFound);
     }
 }

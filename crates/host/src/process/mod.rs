@@ -21,7 +21,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 pub use child::{Child, Exit};
-pub use identity::{Identity, Proof};
+pub use identity::{Identity, Proof, user_of};
 pub use spawn::{Output, Rlimits, Spawn, User};
 pub use tool::{Finished, Tool};
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 
 use clawpot_core::ports::ImageDetail;
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Digest, Error, ImageRef, Kind, Result};
 use tokio::sync::mpsc;
 
@@ -126,13 +127,17 @@ impl Library {
                 layers: image.layers.clone(),
             }),
         };
+        failpoint::reached(Point::ImageBuilt);
         let held = self.store.lock()?;
         // Over one of the same digest, if there is: this one has just been read, byte for byte.
         self.store.adopt(&made.path, &made.digest, &held)?;
+        failpoint::reached(Point::ImageAdopted);
         self.verifier.vouch(&self.store.blob_path(&made.digest), &made.digest);
         let digest = self.store.put_manifest(&manifest, &held)?;
         clawpot_host::fs::replace(&self.store.made_of_path(&image.digest), format!("{digest}\n").as_bytes(), 0o444)?;
+        failpoint::reached(Point::ImageDescribed);
         self.store.set_name(&called.name, &digest, called.replace, &held)?;
+        failpoint::reached(Point::ImageNamed);
         drop(held);
         self.store.describe(&called.name)
     }

@@ -4,6 +4,7 @@ use std::fs::File;
 
 use bytes::Bytes;
 use clawpot_core::ports::{BoxStream, ImageDetail, Import};
+use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Digest, Error, ImageRef, Kind, Result};
 use futures_util::StreamExt as _;
 use serde::Deserialize;
@@ -54,6 +55,7 @@ pub async fn import(
         })
         .await?;
     let spool = spooled(&library, archive, limit, &teller).await?;
+    failpoint::reached(Point::ArchiveReceived);
     let select = import.select.clone();
     let (spool, found) = library
         .blocking(move |_| {
@@ -214,6 +216,7 @@ async fn layered(
             for blob in &blobs {
                 keep(this, &spool, blob)?;
             }
+            failpoint::reached(Point::LayersKept);
             Ok(hold)
         })
         .await?;

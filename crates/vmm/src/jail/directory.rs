@@ -78,6 +78,15 @@ pub(super) fn look(jail: &Jail) -> Result<State> {
     }
 }
 
+/// Whose its VMM is, which nobody else on the host is; `None`: it has no manifest, or none that can be read.
+pub(super) fn user(jail: &Jail) -> Result<Option<u32>> {
+    match std::fs::read(jail.manifest()) {
+        Ok(text) => Ok(serde_json::from_slice::<Manifest>(&text).ok().map(|manifest| manifest.uid)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(format!("looking at {}", jail.dir().display()), error)),
+    }
+}
+
 pub(super) fn make(base: &Path, jail: &Jail, machine: &Machine) -> Result<()> {
     let seat = &machine.seat;
     make_parents(base)?;

@@ -20,7 +20,7 @@
 //! | Prepared | `machine.json` is of this boot, `process.json` is not there |
 //! | Exited | anything else that is there, half-made or stale too: `destroy` is what it needs |
 //! | Absent | neither directory nor cgroup |
-//! | Unproven | the cgroup has processes, and the one that was written down is not among them |
+//! | Unproven | the cgroup has processes, and the one that was written down is not among them; or that one lives elsewhere |
 //! | Unknown | the look failed |
 //!
 //! Nothing here is synced: a power failure ends every machine anyway.
@@ -33,6 +33,7 @@ mod process;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use clawpot_core::ports::Machine;
 use clawpot_core::{Fact, MachineId, VmmEnd, VmmFact, VmmKind};
@@ -54,6 +55,9 @@ pub const ROOTFS: &str = "rootfs";
 pub const DISK: &str = "disk";
 pub const API_SOCKET: &str = "api.sock";
 pub const VSOCK: &str = "v.sock";
+
+/// For what was killed to end, and between two tries of what failed.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Every machine of one VMM in one state directory. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -134,10 +138,27 @@ impl Jail {
         self.dir.join(VSOCK)
     }
 
-    async fn exited(&self) {
+    /// Until its group is empty: it has ended, or somebody moved it out.
+    async fn left(&self) {
         while let Err(error) = self.cgroup.empty().await {
             tracing::warn!(machine = %self.id, error = error.chain(), "waiting for a machine's end");
-            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Until it has ended, wherever it is.
+    async fn ended(&self) {
+        loop {
+            self.left().await;
+            let ended = match process::outside(self) {
+                Ok(Some(outside)) => clawpot_host::process::ended(&outside.pidfd).await,
+                Ok(None) => return,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = ended {
+                tracing::warn!(machine = %self.id, error = error.chain(), "waiting for a machine's end");
+                tokio::time::sleep(PAUSE).await;
+            }
         }
     }
 
@@ -250,7 +271,7 @@ impl Jails {
     pub fn serve(&self, id: &MachineId, guest: Guest) -> Result<()> {
         let jail = self.jail(id)?;
         let (socket, what) = (jail.socket(), format!("machine {id}: serving its socket"));
-        let served = self.inner.relays.serve(id, &socket, guest, async move { jail.exited().await });
+        let served = self.inner.relays.serve(id, &socket, guest, async move { jail.ended().await });
         served.map_err(|error| error.context(what))?;
         failpoint::reached(Point::VmmServed);
         Ok(())
@@ -279,6 +300,9 @@ impl Jails {
     fn look(&self, jail: &Jail) -> Result<Option<VmmFact>> {
         match (jail.cgroup().populated()?, directory::look(jail)?) {
             (Some(true), _) => self.living(jail).map(Some),
+            (_, directory::State::Started) if let Some(outside) = process::outside(jail)? => {
+                Ok(Some(VmmFact::Unproven { why: outside.why }))
+            }
             // Not even in a hierarchy that only limits.
             (None, directory::State::Absent) if !jail.cgroup().exists()? => Ok(None),
             (_, directory::State::Prepared) => Ok(Some(VmmFact::Prepared)),
@@ -289,20 +313,21 @@ impl Jails {
     /// Whether what lives in the machine's group is the machine.
     fn living(&self, jail: &Jail) -> Result<VmmFact> {
         let child = self.children().get(jail.id()).cloned();
-        // What this daemon started is known for as long as it lives.
-        let own = child.is_some_and(|child| clawpot_host::process::is_alive(&*child).unwrap_or(false));
+        // What this daemon started is known for as long as it lives there.
+        let own = child.filter(|child| clawpot_host::process::is_alive(&**child).unwrap_or(false));
+        let own = own.map_or(Ok(false), |child| jail.cgroup().holds(child.pid()))?;
         if !own && let Some(why) = process::strange(jail)? {
             return Ok(VmmFact::Unproven { why });
         }
         Ok(VmmFact::Running { attached: self.inner.consoles.is_drained(jail.id()) })
     }
 
-    /// Returns once no process of the machine is left. One whose guest has halted is ended here: see [`halt`].
+    /// Returns once no process is left in the machine's group. One whose guest has halted is ended here: see [`halt`].
     pub async fn exited(&self, id: &MachineId) {
         let Ok(jail) = self.jail(id) else { return };
         let socket = jail.socket();
         tokio::select! {
-            () = jail.exited() => return,
+            () = jail.left() => return,
             () = halt::halted(&self.inner.consoles, id, &socket) => {}
         }
         tracing::info!(machine = %id, "its guest has halted: its VMM is ended");
@@ -310,12 +335,15 @@ impl Jails {
         if let Err(error) = self.stop(id) {
             tracing::warn!(machine = %id, error = error.chain(), "ending a machine whose guest has halted");
         }
-        jail.exited().await;
+        jail.left().await;
     }
 
-    /// Kills every process of the machine; does not wait.
+    /// Kills every process of the machine, in its group or moved out of it; does not wait.
     pub fn stop(&self, id: &MachineId) -> Result<()> {
-        let killed = self.jail(id).and_then(|jail| jail.cgroup().kill());
+        let killed = self.jail(id).and_then(|jail| {
+            jail.cgroup().kill()?;
+            process::kill_outside(&jail)
+        });
         killed.map_err(|error| error.context(format!("machine {id}: killing it")))?;
         failpoint::reached(Point::VmmKilled);
         Ok(())
@@ -327,6 +355,11 @@ impl Jails {
         let what = || format!("machine {id}: removing it");
         if jail.cgroup().populated().map_err(|error| error.context(what()))? == Some(true) {
             return Err(Error::new(Kind::FailedPrecondition, format!("{}: its processes live", what())));
+        }
+        if let Some(outside) = process::outside(&jail).map_err(|error| error.context(what()))? {
+            let ended = tokio::time::timeout(PAUSE, clawpot_host::process::ended(&outside.pidfd)).await;
+            let lives = |_| Error::new(Kind::FailedPrecondition, outside.why);
+            ended.map_err(lives).flatten().map_err(|error| error.context(what()))?;
         }
         self.inner.consoles.finish(id).await;
         self.inner.relays.finish(id).await;

@@ -1,5 +1,6 @@
 //! A machine's process. Everything here blocks, for the time of a fork and an exec.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use clawpot_core::VmmFact;
@@ -8,8 +9,10 @@ use clawpot_host::cgroup::Limits;
 use clawpot_host::fs::replace_unsynced;
 use clawpot_host::process::{Identity, Output, Proof, Spawn};
 use clawpot_types::{Error, Kind, Result};
+use rustix::io::Errno;
+use rustix::process::Signal;
 
-use super::{Jail, Jails};
+use super::{Jail, Jails, directory};
 
 pub(super) fn start<F>(jails: &Jails, jail: &Jail, limits: &Limits, spawn: F) -> Result<()>
 where
@@ -57,7 +60,7 @@ pub(super) fn strange(jail: &Jail) -> Result<Option<String>> {
         Written::By(identity) => match identity.prove()? {
             // A jailer has become its VMM: the same process.
             Proof::Alive(_) | Proof::OtherProgram(_) | Proof::Ending => return Ok(None),
-            Proof::Moved(how) => format!("process {}: {how}", identity.pid),
+            Proof::Moved { how, .. } => format!("process {}: {how}", identity.pid),
             Proof::Gone => format!("process {} has ended, and another is in its cgroup", identity.pid),
         },
     };
@@ -67,6 +70,34 @@ pub(super) fn strange(jail: &Jail) -> Result<Option<String>> {
         let pids: Vec<_> = others.iter().map(|member| member.pid).collect();
         format!("machine {}: its process cannot be told from others' ({pids:?}): {why}", jail.id())
     }))
+}
+
+/// A machine's process that lives outside its cgroup: somebody moved it, and no limit and no kill of the group reaches it.
+pub(super) struct Outside {
+    pub(super) pidfd: OwnedFd,
+    /// In one line.
+    pub(super) why: String,
+}
+
+/// The number and the start of what was written down may by ill luck be another's; the machine's user is nobody else's.
+pub(super) fn outside(jail: &Jail) -> Result<Option<Outside>> {
+    let Written::By(identity) = identity(jail)? else { return Ok(None) };
+    let Proof::Moved { pidfd, how } = identity.prove()? else { return Ok(None) };
+    let user = directory::user(jail)?;
+    let its = user.is_some() && user == clawpot_host::process::user_of(identity.pid)?;
+    let alive = clawpot_host::process::is_alive(&pidfd);
+    let alive = alive.map_err(|errno| Error::io(format!("looking at process {}", identity.pid), errno.into()))?;
+    let why = format!("machine {}: its process {} lives and is not in its cgroup: {how}", jail.id(), identity.pid);
+    Ok((its && alive).then_some(Outside { pidfd, why }))
+}
+
+/// Ends it wherever it is. The descriptor is the process that was proven, whatever becomes of the number.
+pub(super) fn kill_outside(jail: &Jail) -> Result<()> {
+    let Some(Outside { pidfd, why }) = outside(jail)? else { return Ok(()) };
+    match rustix::process::pidfd_send_signal(&pidfd, Signal::KILL) {
+        Ok(()) | Err(Errno::SRCH) => Ok(()),
+        Err(errno) => Err(Error::io(format!("killing it: {why}"), errno.into())),
+    }
 }
 
 enum Written {
