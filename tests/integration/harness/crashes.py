@@ -182,6 +182,10 @@ class Lives:
                 over = lambda: (process is None or process.poll() is not None) and self.reached(verb)  # noqa: E731
                 self.await_death(over, *death, again=again)
             errors = process.communicate(timeout=within(90))[1].decode() if process else ""
+            if process and death and process.returncode and ": connecting" in errors:
+                # It died of something else's doing before this client had reached it: nothing was asked for.
+                process = server.cli.start(*words)
+                errors = process.communicate(timeout=within(90))[1].decode()
         except BaseException:
             if process:
                 process.kill()
