@@ -50,8 +50,9 @@ impl Config {
 /// Its own memory beside the guest's is little (below), and it has two threads beside one for each CPU. What it reads
 /// and writes of its disks counts as well, though it is given up under the limit.
 const OVERHEAD: Overhead = Overhead { footprint: FOOTPRINT, memory: MiB(184), memory_per_vcpu: MiB(7), threads: 64 };
-/// Resident beside the guest's memory, of 1.16.1: 4.8 to 5.0 MiB when it idles, 5.0 to 7.0 when it works, with 1 and 2 CPUs and 256
-/// MiB; what the kernel keeps for it (the page tables of such a guest, stacks, buffers) was 1.0 to 1.6 MiB more. The rest is reserve.
+/// Resident beside the guest's memory, of 1.16.1: 4.8 to 5.0 MiB of most, 6.8 to 7.0 of one that had served many tests; idle or at
+/// work, with 1 or 2 CPUs, made no difference (guests of 256 MiB and 1 GiB). What the kernel keeps for it (page tables of such a
+/// guest, stacks, buffers) was 1.0 to 1.6 MiB more. The rest is reserve.
 const FOOTPRINT: Footprint = Footprint { memory: MiB(10), memory_per_vcpu: MiB(1) };
 
 /// Runs each VM in a Firecracker inside the jailer's chroot. Cheap to clone.
