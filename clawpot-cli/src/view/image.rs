@@ -194,9 +194,8 @@ pub fn detail(view: &ImageDetailView) -> String {
         pairs.push(("Layers", source.layers.len().to_string()));
     }
     if let Some(built) = &view.revision {
-        let attr = if built.attr.is_empty() || built.flake.contains('#') { "" } else { "#" };
-        let shown = if attr.is_empty() { built.flake.clone() } else { format!("{}#{}", built.flake, built.attr) };
-        pairs.push(("Flake", shown));
+        let whole = built.attr.is_empty() || built.flake.contains('#');
+        pairs.push(("Flake", if whole { built.flake.clone() } else { format!("{}#{}", built.flake, built.attr) }));
         pairs.push(("Lock", or(&built.lock_digest, "none")));
         pairs.push(("Source", or(&built.source_digest, "-")));
         pairs.push(("Builder", format!("{}, network {}", built.builder_digest, built.network)));

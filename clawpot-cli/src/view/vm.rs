@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use clawpot_common::v1::exit::Reason;
-use clawpot_common::v1::{Desired, EnvVar, Exit, Phase, PhaseTiming, RestartPolicy, Vm, VolumeMount};
+use clawpot_common::v1::{Desired, EnvVar, Exit, Network, Phase, PhaseTiming, RestartPolicy, Vm, VmSpec, VolumeMount};
 use serde::Serialize;
 
 use super::{known, or_dash};
@@ -35,6 +35,8 @@ pub struct VmView {
     pub env: BTreeMap<String, String>,
     pub cwd: Option<String>,
     pub user: Option<String>,
+    /// "default" or "none".
+    pub network: String,
     pub volumes: Vec<MountView>,
     pub address: Option<String>,
     pub vmm: Option<String>,
@@ -107,6 +109,7 @@ impl From<&VolumeMount> for MountView {
 impl From<&Vm> for VmView {
     fn from(vm: &Vm) -> Self {
         let spec = vm.spec.clone().unwrap_or_default();
+        let network = network(&spec);
         Self {
             id: vm.id.clone(),
             name: vm.name.clone(),
@@ -125,6 +128,7 @@ impl From<&Vm> for VmView {
             env: spec.env.iter().map(env_pair).collect(),
             cwd: known(&spec.cwd),
             user: known(&spec.user),
+            network: network.to_owned(),
             volumes: spec.volumes.iter().map(MountView::from).collect(),
             address: known(&vm.address),
             vmm: known(&vm.vmm),
@@ -267,6 +271,14 @@ pub fn list(vms: &[Vm], now: SystemTime) -> String {
     table::rows(headers, rows)
 }
 
+/// Whom it reaches, as `--network` has it.
+fn network(spec: &VmSpec) -> &'static str {
+    match spec.network() {
+        Network::None => "none",
+        Network::Unspecified | Network::Default => "default",
+    }
+}
+
 /// As it was given: "NAME:/PATH:ro".
 fn mounted(volume: &VolumeMount) -> String {
     format!("{}:{}{}", volume.volume, volume.path, if volume.read_only { ":ro" } else { "" })
@@ -291,12 +303,14 @@ pub fn detail(vm: &Vm, now: SystemTime) -> String {
     pairs.extend(labels.iter().map(|(key, value)| ("Label", format!("{key}={value}"))));
     pairs.extend(spec.env.iter().map(env_pair).map(|(name, value)| ("Env", format!("{name}={value}"))));
     pairs.extend(known(&spec.cwd).map(|cwd| ("Directory", cwd)));
+    pairs.extend((network(&spec) == "none").then(|| ("Network", "none: it reaches nobody".to_owned())));
     pairs.extend(spec.volumes.iter().map(|volume| ("Volume", mounted(volume))));
     pairs.extend(known(&spec.user).map(|user| ("User", user)));
     pairs.extend(vm.remove_when_done.then(|| ("Remove", "when its first command has ended".to_owned())));
     pairs.extend(life(vm, now));
     if let Some(failure) = &vm.failure {
-        pairs.push(("Failed", format!("{}: {}", phase_name(failure.during()), failure.message.replace('\n', ": "))));
+        let what = if vm.phase() == Phase::Quarantined { "Quarantined" } else { "Failed" };
+        pairs.push((what, format!("{}: {}", phase_name(failure.during()), failure.message.replace('\n', ": "))));
         pairs.extend(known(&failure.cleanup).map(|cleanup| ("Clean-up", cleanup)));
         pairs.extend(known(&failure.hint).map(|hint| ("Hint", hint)));
     }

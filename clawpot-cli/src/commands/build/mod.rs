@@ -13,7 +13,7 @@ use clawpot_common::v1::{BuildDone, BuildRequest, BuildStart, Network};
 use clawpot_types::{ImageRef, MiB, Vcpus};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 
 use self::flake::Flake;
@@ -87,18 +87,13 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
     let mut builds = global.api().await?.builds();
     let (send, receive) = mpsc::channel(4);
     send.send(part(Part::Start(start))).await.map_err(|_| Failure::new(&doing))?;
-    let sending = std::thread::spawn(move || match files {
-        Some(files) => files.send(Sender { send, buffer: Vec::with_capacity(CHUNK) }),
-        None => Ok(()),
-    });
-    let ended = follow(builds.build(ReceiverStream::new(receive)), &doing).await;
-    // A file that could not be read is why the server found the archive wanting.
-    if sending.is_finished()
-        && let Ok(Err(error)) = sending.join()
-        && error.kind() != std::io::ErrorKind::BrokenPipe
-    {
-        return Err(Failure::new(doing).because(error.to_string()));
-    }
+    let broken = pack(files, send);
+    let ended = tokio::select! {
+        biased;
+        // The call is dropped with it, before the server could take what has come for all.
+        Ok((error, _open)) = broken => return Err(Failure::new(doing).because(error.to_string())),
+        ended = follow(builds.build(ReceiverStream::new(receive)), &doing) => ended,
+    };
     match ended? {
         Some(done) => show(global, &done).map(|()| 0),
         None => {
@@ -176,6 +171,27 @@ fn show(global: &Global, done: &BuildDone) -> Result<(), Failure> {
     }
 }
 
+/// What could not be read of the flake's files, and the stream of messages, which has not ended: an archive that breaks off must
+/// not seem whole.
+type Broken = oneshot::Receiver<(std::io::Error, mpsc::Sender<BuildRequest>)>;
+
+/// Sends the files from a thread of their own; that nobody takes them any more is no failure of theirs.
+fn pack(files: Option<source::Files>, send: mpsc::Sender<BuildRequest>) -> Broken {
+    let (failed, broken) = oneshot::channel();
+    std::thread::spawn(move || {
+        let Some(files) = files else { return };
+        let sender = Sender { send: send.clone(), buffer: Vec::with_capacity(CHUNK) };
+        match files.send(sender) {
+            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+                // Without a receiver the call has ended already.
+                failed.send((error, send)).map_or_else(drop, drop);
+            }
+            _ => {}
+        }
+    });
+    broken
+}
+
 /// Bytes of one message.
 const CHUNK: usize = 256 << 10;
 
@@ -206,5 +222,23 @@ impl std::io::Write for Sender {
         }
         let data = part(Part::Data(Bytes::from(chunk)));
         self.send.blocking_send(data).map_err(|_| std::io::Error::from(std::io::ErrorKind::BrokenPipe))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_archive_that_breaks_off_does_not_seem_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::File::create(dir.path().join("flake.nix")).unwrap();
+        let _listens = std::os::unix::net::UnixListener::bind(dir.path().join("socket")).unwrap();
+        let (send, mut receive) = mpsc::channel(4);
+        let (error, open) = pack(Some(source::Files::of(dir.path(), true).unwrap()), send).await.unwrap();
+        assert!(error.to_string().contains("socket: neither a file"), "{error}");
+        while let Ok(Some(_)) = tokio::time::timeout(Duration::from_millis(50), receive.recv()).await {}
+        assert_eq!(receive.try_recv(), Err(mpsc::error::TryRecvError::Empty), "it goes on until the call is dropped");
+        drop(open);
     }
 }
