@@ -10,7 +10,7 @@ use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Millis, Result};
 use tracing::info;
 
-use super::Runner;
+use super::{Runner, wants};
 use crate::live::Link;
 use crate::service::volume;
 
@@ -64,8 +64,29 @@ impl Runner {
     }
 
     async fn prepare(&self, record: &VmRecord) -> Result<()> {
-        let machine = self.machine(record, true).await?;
+        // To check a volume may take half an hour, for which neither a delete nor the server's end waits.
+        let machine = tokio::select! {
+            biased;
+            machine = self.machine(record, true) => machine?,
+            () = self.given_up(record) => return Ok(()),
+        };
         self.vmm(record)?.prepare(&machine).await
+    }
+
+    /// Something else is wanted of the VM than `record` says, or the server goes. Takes wake-ups: another look must follow.
+    async fn given_up(&self, record: &VmRecord) {
+        let mut leaving = self.leaving.clone();
+        let changed = async {
+            while wants(&self.records, &self.id) == Some(record.desired) {
+                self.wake.notified().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            // The sender is gone only when the daemon is: both mean leave.
+            _ = leaving.wait_for(|leaving| *leaving) => {}
+            () = changed => {}
+        }
     }
 
     async fn start(&self, record: &VmRecord) -> Result<()> {

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use clawpot_core::admission::{Budgets, Claim, may_have_machine};
+use clawpot_core::admission::{Budgets, Claim, Room, may_have_machine};
 use clawpot_core::{Phase, VmRecord};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{MiB, Result, VmId, VolumeId};
@@ -38,7 +38,7 @@ impl Service {
     pub async fn budgets(&self) -> Result<Budgets> {
         let room = self.deps.room.look().await?;
         let promised = self.shared.ledger.promised.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(Budgets::new(&self.deps.settings.admission, &room, self.deps.net.slots(), self.held(&promised, None)))
+        Ok(self.weigh(&room, &promised, None))
     }
 
     /// Promises the machine of `record` what it will hold, if there is what it `asked` for beyond what it holds already.
@@ -48,9 +48,7 @@ impl Service {
         let ledger = &self.shared.ledger;
         let mut promised = ledger.promised.lock().unwrap_or_else(PoisonError::into_inner);
         // What the VM itself holds already, it holds in any case.
-        let held = self.held(&promised, Some(&record.id));
-        let budgets = Budgets::new(&self.deps.settings.admission, &room, self.deps.net.slots(), held);
-        budgets.admit(asked).map_err(|short| short.error(doing))?;
+        self.weigh(&room, &promised, Some(&record.id)).admit(asked).map_err(|short| short.error(doing))?;
         promised.insert(record.id.clone(), Claim::whole(&record.spec, self.deps.vmms.footprint(record)));
         failpoint::reached(Point::Admitted);
         Ok(Promise { ledger: ledger.clone(), id: record.id.clone() })
@@ -71,13 +69,15 @@ impl Service {
         let room = self.deps.room.look().await?;
         // Held until it counts: two who ask at the same moment cannot both have the last of something.
         let promised = self.shared.ledger.promised.lock().unwrap_or_else(PoisonError::into_inner);
-        let held = self.held(&promised, None);
-        let budgets = Budgets::new(&self.deps.settings.admission, &room, self.deps.net.slots(), held);
         let before = self.volumes().get(id).copied().unwrap_or_default();
         let asked = Claim { disk: size.0.saturating_sub(before), ..Claim::default() };
-        budgets.admit(asked).map_err(|short| short.error(what))?;
+        self.weigh(&room, &promised, None).admit(asked).map_err(|short| short.error(what))?;
         self.volumes().insert(id.clone(), size.0);
         Ok(())
+    }
+
+    fn weigh(&self, room: &Room, promised: &BTreeMap<VmId, Claim>, except: Option<&VmId>) -> Budgets {
+        Budgets::new(&self.deps.settings.admission, room, self.deps.net.slots(), self.held(promised, except))
     }
 
     /// By everyone but `except`.

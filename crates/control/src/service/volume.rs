@@ -170,8 +170,7 @@ impl Service {
         .await
     }
 
-    /// What a daemon that died left: half-made ones go, begun removals and resizes are finished, files without a record go unless
-    /// some record cannot be read. Before any runner starts.
+    /// What a daemon that died left: half-made ones go, begun removals and resizes are finished. Before any runner starts.
     pub(crate) async fn recover_volumes(&self) -> Result<()> {
         let (rows, unreadable) = all_volumes(&self.deps).await?;
         let mut files = BTreeSet::new();
@@ -198,14 +197,13 @@ impl Service {
             }
         }
         for (key, error) in &unreadable {
-            error!(key, error = error.chain(), "a volume's record cannot be read: no stray file is removed");
+            error!(key, error = error.chain(), "a volume's record cannot be read");
         }
-        if !unreadable.is_empty() {
-            return Ok(());
-        }
-        for id in self.deps.volumes.list().await?.into_iter().filter(|id| !files.contains(id)) {
-            warn!(volume = %id, "removing a volume's file that no record knows");
-            self.deps.volumes.remove(&id).await?;
+        // No death leaves one: the record is there first and goes last. Where the store was restored it is somebody's data.
+        for id in self.deps.volumes.list().await?.into_iter().filter(|id| unreadable.is_empty() && !files.contains(id))
+        {
+            let file = self.deps.volumes.path(&id);
+            warn!(file = %file.display(), "no record knows this volume's file: it stays, for a store that does, or until it is removed by hand");
         }
         Ok(())
     }
