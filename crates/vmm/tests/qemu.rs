@@ -59,7 +59,7 @@ impl World {
     async fn end(self) {
         let id = &self.machine.id;
         self.qemu.stop(id).await.unwrap();
-        tokio::time::timeout(Duration::from_secs(10), self.qemu.exited(id)).await.unwrap();
+        tokio::time::timeout(common::LONG, self.qemu.exited(id)).await.unwrap();
         self.qemu.destroy(id).await.unwrap();
         self.consoles.erase(&id.vm).await.unwrap();
         self.place.nothing_left(&self.qemu.list().await.unwrap());
@@ -113,7 +113,7 @@ async fn a_boot_that_fails_tells_why_and_ends() {
     let id = world.machine.id.clone();
     world.qemu.prepare(&world.machine).await.unwrap();
     world.qemu.start(&world.machine).await.unwrap();
-    tokio::time::timeout(Duration::from_secs(60), world.qemu.exited(&id)).await.unwrap();
+    tokio::time::timeout(common::LONG, world.qemu.exited(&id)).await.unwrap();
     let Fact::Present(VmmFact::Exited { how }) = world.qemu.inspect(&id).await else { panic!("not exited") };
     assert_eq!(how, VmmEnd::Code(0));
     assert!(world.tail().await.contains("Kernel panic - not syncing"), "{}", world.tail().await);
@@ -128,7 +128,7 @@ async fn a_file_that_is_no_kernel_is_told_by_qemu() {
     world.qemu.prepare(&world.machine).await.unwrap();
     world.qemu.start(&world.machine).await.unwrap();
     let id = world.machine.id.clone();
-    tokio::time::timeout(Duration::from_secs(60), world.qemu.exited(&id)).await.unwrap();
+    tokio::time::timeout(common::LONG, world.qemu.exited(&id)).await.unwrap();
     assert_eq!(world.qemu.inspect(&id).await, Fact::Present(VmmFact::Exited { how: VmmEnd::Code(1) }));
     assert!(world.tail().await.contains("qemu"), "{}", world.tail().await);
     world.end().await;
@@ -269,7 +269,7 @@ async fn an_extra_disk_that_cannot_be_mounted_ends_the_boot() {
     let id = world.machine.id.clone();
     world.qemu.prepare(&world.machine).await.unwrap();
     world.qemu.start(&world.machine).await.unwrap();
-    tokio::time::timeout(Duration::from_secs(60), world.qemu.exited(&id)).await.unwrap();
+    tokio::time::timeout(common::LONG, world.qemu.exited(&id)).await.unwrap();
     let said = world.tail().await;
     assert!(said.contains("cannot go on: mounting /dev/vdb (ext4) on /data"), "{said}");
     world.end().await;
@@ -284,7 +284,7 @@ async fn greeted_through_its_socket(world: &World) {
     // The preface and empty SETTINGS of our own.
     stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
     let mut frame = [0; 9];
-    let read = tokio::time::timeout(Duration::from_secs(5), stream.read_exact(&mut frame)).await;
+    let read = tokio::time::timeout(common::LONG, stream.read_exact(&mut frame)).await;
     read.unwrap().unwrap();
     assert_eq!((frame[3], &frame[5..]), (4, &[0; 4][..]), "not SETTINGS: {frame:?}");
 }

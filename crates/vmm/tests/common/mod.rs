@@ -155,11 +155,14 @@ impl Netns {
     }
 }
 
-/// Waits until `done`, at most 60 s.
+/// An emulated guest boots within 5 s, beside much else on the machine within a minute or two.
+pub const LONG: Duration = Duration::from_secs(200);
+
+/// Waits until `done`, at most [`LONG`].
 pub async fn until(what: &str, mut done: impl AsyncFnMut() -> bool) {
     let started = Instant::now();
     while !done().await {
-        assert!(started.elapsed() < Duration::from_secs(60), "waited 60 s for {what}");
+        assert!(started.elapsed() < LONG, "waited {LONG:?} for {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
