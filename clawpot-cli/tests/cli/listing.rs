@@ -1,13 +1,11 @@
 //! What is shown, as tables and as JSON.
 
-use std::process::Stdio;
-
 use clawpot_common::v1::{Exit, Failure, Phase, RestartPolicy};
 use rustix::process::Signal;
 
 use crate::fake::vms::{broken, vm};
 use crate::fake::{Fake, rest_event};
-use crate::{Ran, ended, eventually, kill};
+use crate::{Ran, ended, eventually, kill, line_of};
 
 /// Times that differ from run to run.
 pub fn steady(text: &str) -> String {
@@ -145,21 +143,19 @@ fn events_are_listed_and_followed_across_a_restart() {
     insta::assert_snapshot!("events", shown(&fake, &["events"]));
     insta::assert_snapshot!("events-json", shown(&fake, &["events", "web", "-o", "json"]));
 
-    let child = fake.clawpot(&["events", "-f", "-o", "json"]).spawn().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    let mut child = fake.clawpot(&["events", "-f", "-o", "json"]).spawn().unwrap();
+    let mut next = || {
+        let line = line_of(child.stdout.as_mut().unwrap());
+        serde_json::from_str::<serde_json::Value>(&line).unwrap()["id"].as_u64().unwrap()
+    };
+    assert_eq!([next(), next(), next(), next(), next()], [1, 2, 3, 4, 5]);
     fake.kill();
     fake.state.events.lock().unwrap().push(rest_event(6, "while it was away"));
     fake.revive();
-    std::thread::sleep(std::time::Duration::from_millis(1500));
+    assert_eq!(next(), 6);
     kill(&child, Signal::INT);
     let ran = ended(child);
-    assert_eq!(ran.code, Some(0));
-    let ids: Vec<u64> = ran
-        .out
-        .lines()
-        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["id"].as_u64().unwrap())
-        .collect();
-    assert_eq!(ids, [1, 2, 3, 4, 5, 6]);
+    assert_eq!((ran.code, ran.out.as_str()), (Some(0), ""));
 }
 
 #[test]
@@ -170,15 +166,17 @@ fn logs_are_shown_and_followed_across_a_restart() {
     assert!(shown(&fake, &["logs", "web"]).ends_with("[  199] line\r\n"));
     assert_eq!(shown(&fake, &["logs", "web", "--tail", "2"]), "[  198] line\r\n[  199] line\r\n");
 
-    let child = fake.clawpot(&["logs", "-f", "-n", "1", "web"]).stdout(Stdio::piped()).spawn().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    let mut child = fake.clawpot(&["logs", "-f", "-n", "1", "web"]).spawn().unwrap();
+    assert_eq!(line_of(child.stdout.as_mut().unwrap()), line(199));
     fake.kill();
     fake.state.console.lock().unwrap().extend((200..203).map(line).collect::<String>().bytes());
     fake.revive();
-    std::thread::sleep(std::time::Duration::from_millis(1500));
+    for n in 200..203 {
+        assert_eq!(line_of(child.stdout.as_mut().unwrap()), line(n));
+    }
     kill(&child, Signal::INT);
     let ran = ended(child);
-    assert_eq!((ran.code, ran.out), (Some(0), (199..203).map(line).collect()));
+    assert_eq!((ran.code, ran.out.as_str()), (Some(0), ""));
 }
 
 #[test]

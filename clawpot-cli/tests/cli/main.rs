@@ -56,11 +56,14 @@ pub fn run_with(mut command: Command, input: &[u8]) -> Ran {
     output.into()
 }
 
+/// Far more than anything here takes on a busy machine.
+const LONG: Duration = Duration::from_secs(60);
+
 /// Waits until `condition` holds; a test that would hang fails instead.
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(20), "{what}: not within 20 s");
+        assert!(start.elapsed() < LONG, "{what}: not within {LONG:?}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -70,7 +73,7 @@ pub fn ended(child: Child) -> Ran {
     let pid = rustix::process::Pid::from_child(&child);
     let (tx, rx) = std::sync::mpsc::channel::<()>();
     let watchdog = std::thread::spawn(move || {
-        if rx.recv_timeout(Duration::from_secs(20)) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+        if rx.recv_timeout(LONG) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
             rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
         }
     });
@@ -78,6 +81,17 @@ pub fn ended(child: Child) -> Ran {
     drop(tx);
     watchdog.join().unwrap();
     output.into()
+}
+
+/// The next line that it prints, with its end.
+pub fn line_of(output: &mut impl std::io::Read) -> String {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        let mut byte = [0];
+        output.read_exact(&mut byte).unwrap();
+        line.push(byte[0]);
+    }
+    String::from_utf8(line).unwrap()
 }
 
 pub fn kill(child: &Child, signal: rustix::process::Signal) {

@@ -8,11 +8,11 @@ use rustix::process::Signal;
 
 use crate::fake::Fake;
 use crate::fake::guest::Inner;
-use crate::{ended, eventually, kill};
+use crate::{ended, eventually, kill, line_of};
 
 fn started(fake: &Fake, args: &[&str]) -> Child {
-    let child = fake.clawpot(args).stdin(Stdio::piped()).spawn().unwrap();
-    eventually("it runs", || fake.state.guest.only().is_some());
+    let mut child = fake.clawpot(args).stdin(Stdio::piped()).spawn().unwrap();
+    fake.until_attached(&mut child);
     child
 }
 
@@ -53,9 +53,10 @@ fn nothing_is_missed_and_nothing_comes_twice() {
 #[test]
 fn output_that_left_the_ring_is_reported_with_its_bytes() {
     let mut fake = Fake::with_vm();
-    let child = started(&fake, &["exec", "web", "--", "stubborn"]);
-    guest(&fake, |inner| inner.stdout.kept.extend(b"first "));
-    std::thread::sleep(Duration::from_millis(200));
+    let mut child = started(&fake, &["exec", "web", "--", "stubborn"]);
+    guest(&fake, |inner| inner.stdout.kept.extend(b"first"));
+    let mut first = [0; 5];
+    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
     fake.kill();
     guest(&fake, |inner| {
         inner.stdout.kept.extend(b"while nobody looked, the last");
@@ -65,7 +66,7 @@ fn output_that_left_the_ring_is_reported_with_its_bytes() {
     });
     fake.revive();
     let ran = ended(child);
-    assert_eq!((ran.code, ran.out.as_str()), (Some(5), "first the last"));
+    assert_eq!((ran.code, ran.out.as_str()), (Some(5), "the last"));
     insta::assert_snapshot!(ran.err, @r#"
 clawpot: the server is gone; looking for it for 60 s (--reconnect-timeout)
 clawpot: attached again
@@ -78,7 +79,6 @@ kept
 fn it_gives_up_when_its_time_is_over() {
     let mut fake = Fake::with_vm();
     let child = started(&fake, &["exec", "web", "--reconnect-timeout", "300ms", "--", "stubborn"]);
-    std::thread::sleep(Duration::from_millis(100));
     fake.kill();
     let ran = ended(child);
     assert_eq!(ran.code, Some(125));
@@ -88,10 +88,9 @@ fn it_gives_up_when_its_time_is_over() {
 #[test]
 fn who_is_tired_of_waiting_may_leave() {
     let mut fake = Fake::with_vm();
-    let child = started(&fake, &["exec", "web", "--", "stubborn"]);
-    std::thread::sleep(Duration::from_millis(100));
+    let mut child = started(&fake, &["exec", "web", "--", "stubborn"]);
     fake.kill();
-    std::thread::sleep(Duration::from_millis(200));
+    assert!(line_of(child.stderr.as_mut().unwrap()).contains("the server is gone"));
     kill(&child, Signal::INT);
     let ran = ended(child);
     assert_eq!(ran.code, Some(130));
@@ -102,7 +101,6 @@ fn who_is_tired_of_waiting_may_leave() {
 fn an_exec_that_the_guest_forgot_is_an_error() {
     let mut fake = Fake::with_vm();
     let child = started(&fake, &["exec", "web", "--", "stubborn"]);
-    std::thread::sleep(Duration::from_millis(100));
     fake.kill();
     fake.state.guest.execs.lock().unwrap().clear();
     fake.revive();
@@ -115,7 +113,6 @@ fn an_exec_that_the_guest_forgot_is_an_error() {
 fn a_vm_that_is_gone_is_an_error() {
     let mut fake = Fake::with_vm();
     let child = started(&fake, &["exec", "web", "--", "stubborn"]);
-    std::thread::sleep(Duration::from_millis(100));
     fake.kill();
     fake.state.vms.lock().unwrap().clear();
     fake.revive();

@@ -98,7 +98,8 @@ fn the_terminal_is_restored_when_it_fails_too() {
     let child = terminal.spawn(&fake, &["exec", "-t", "web", "--", "stubborn"]);
     eventually("it is raw", || terminal.is_raw());
     eventually("it runs", || fake.state.guest.only().is_some());
-    std::thread::sleep(std::time::Duration::from_millis(100));
+    fake.state.guest.only().unwrap().with(|inner| inner.stdout.kept.extend(b"attached"));
+    eventually("it is attached", || terminal.shows("attached"));
     fake.kill();
     eventually("the loss is told", || terminal.shows("the server is gone"));
     // Nothing could forward it: the key is for the program itself.

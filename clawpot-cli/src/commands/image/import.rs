@@ -113,27 +113,21 @@ fn layout(dir: &Path, to: &mut Sender) -> io::Result<()> {
         .collect();
     found.sort();
     names.append(&mut found);
+    let mut tar = tar::Builder::new(to);
     for name in names {
         let path = dir.join(&name);
         let file =
             File::open(&path).map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
         let size = file.metadata()?.len();
         let mut header = tar::Header::new_gnu();
-        header.set_path(&name)?;
         header.set_size(size);
         header.set_mode(0o644);
         header.set_uid(0);
         header.set_gid(0);
-        header.set_mtime(0);
-        header.set_cksum();
-        to.write_all(header.as_bytes())?;
-        if io::copy(&mut file.take(size), to)? != size {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{}: it became shorter", path.display())));
-        }
-        let padding = usize::try_from(size.wrapping_neg() % 512).unwrap_or_default();
-        to.write_all(&[0; 512][..padding])?;
+        // One that changes meanwhile is not what its digest says, which the server tells.
+        tar.append_data(&mut header, &name, file.take(size))?;
     }
-    to.write_all(&[0; 1024])
+    tar.finish()
 }
 
 /// Whole messages of what is written.

@@ -9,8 +9,9 @@ mod rest;
 pub use rest::event as rest_event;
 pub mod vms;
 
+use std::io::Read as _;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::sync::Arc;
 
 use clawpot_common::v1::event_service_server::EventServiceServer;
@@ -84,6 +85,13 @@ impl Fake {
         let mut command = crate::clawpot(args);
         command.env("CLAWPOT_SOCKET", self.socket());
         command
+    }
+
+    /// Until the program under test is attached to the only exec, by a byte of its output.
+    pub fn until_attached(&self, child: &mut Child) {
+        crate::eventually("it runs", || self.state.guest.only().is_some());
+        self.state.guest.only().unwrap().with(|inner| inner.stdout.kept.extend(b"."));
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
     }
 
     /// Runs the program to its end, without standard input.
