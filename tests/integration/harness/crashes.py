@@ -27,6 +27,9 @@ VERBS = ("create sized", "create", "stop", "start", "delete")
 #: What an odd one consists of: its VMM dies and its policy starts it again, somebody moves the VMM out of its cgroup and back,
 #: its time to live is over.
 ODD = ("create", "break", "lose", "find", "expire", "delete")
+#: A server that dies there has not written down who its VMM is: one that then dies or is moved was never known, and is started
+#: again under the same number. Not in an odd life, which is about those that are known.
+UNKNOWN = ("host.child_born", "host.spawned", "vmm.forked")
 
 
 def program() -> Path:
@@ -278,7 +281,7 @@ class Lives:
         left_out = "create" if sized else "create sized"
         try:
             for verb in ODD if odd else [verb for verb in VERBS if verb != left_out]:
-                death = deaths(verb)
+                death = None if odd and verb == "create" and self.known.get("break") else deaths(verb)
                 again = self.pick(verb) if death and self.random.random() < doubly else None
                 story.append(f"{verb} {death} {again or ''}" if death else verb)
                 self.do(verb, death, again)
@@ -319,7 +322,7 @@ class Lives:
             for (verb, begin), end in zip(marks, ends, strict=True):
                 # What every life has is learnt from one in which the guest had time to boot.
                 if not odd or verb not in self.known:
-                    self.known[verb] = hits[begin:end]
+                    self.known[verb] = [hit for hit in hits[begin:end] if not odd or hit not in UNKNOWN]
 
     def rest(self) -> None:
         """Until nothing more is passed."""
