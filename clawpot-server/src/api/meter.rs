@@ -102,7 +102,6 @@ impl Metered {
             let what = format!("{}: a message of {length} bytes: at most {most}", self.call);
             return Err(Error::new(Kind::Exhausted, what).hint("send less at once"));
         }
-        // The one before has been taken, or it would not be asked for more.
         self.held = None;
         if length > limits::SMALL {
             let bytes = u64::try_from(length).unwrap_or(u64::MAX);
@@ -130,6 +129,10 @@ impl http_body::Body for Metered {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         if matches!(self.at, At::End) {
             return Poll::Ready(None);
+        }
+        // The one before has been taken, or it would not be asked for more: a call may go on for days after it.
+        if matches!(self.at, At::Prefix { have: 0, .. }) {
+            self.held = None;
         }
         let frame = match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Pending if self.first_came => return Poll::Pending,
@@ -269,6 +272,20 @@ mod tests {
         assert!(read(metered(GET, vec![message(limits::SMALL)], &large)).await.is_ok(), "small ones go on");
         drop(first);
         assert!(read(metered(GET, vec![message(20_000)], &large)).await.is_ok());
+        large.take(1000, 50_000).expect("all of it is back");
+    }
+
+    /// A command that was given much, and runs on.
+    #[tokio::test]
+    async fn what_has_been_taken_counts_no_longer() {
+        let large = Shares::new(Share { what: "bytes of large messages", all: 60_000, user: 50_000, root: 1 }, 0);
+        let frames = futures_util::stream::iter([Ok::<_, Status>(Frame::data(Bytes::from(message(40_000))))]);
+        let body = Body::new(StreamBody::new(frames.chain(futures_util::stream::pending())));
+        let mut body = Metered::body(body, EXEC, 1000, large.clone());
+        assert!(body.frame().await.unwrap().is_ok());
+        assert!(large.take(1000, 20_000).is_err(), "it has only come");
+        let more = tokio::time::timeout(std::time::Duration::from_millis(10), body.frame()).await;
+        assert!(more.is_err(), "there is no more yet");
         large.take(1000, 50_000).expect("all of it is back");
     }
 
