@@ -14,6 +14,9 @@ pub struct EventView {
     pub time: Option<String>,
     pub vm_id: Option<String>,
     pub vm_name: Option<String>,
+    /// Of an event of a volume.
+    pub volume_id: Option<String>,
+    pub volume_name: Option<String>,
     pub incarnation: u64,
     pub kind: String,
     pub message: String,
@@ -28,6 +31,8 @@ impl From<&Event> for EventView {
             time: event.time.as_ref().map(time::rfc3339),
             vm_id: known(&event.vm_id),
             vm_name: known(&event.vm_name),
+            volume_id: known(&event.volume_id),
+            volume_name: known(&event.volume_name),
             incarnation: event.incarnation,
             kind: event.kind.clone(),
             message: event.message.clone(),
@@ -39,10 +44,11 @@ impl From<&Event> for EventView {
 /// One line. Events stream, so columns have a width of their own instead of the widest cell's.
 pub fn line(event: &Event) -> String {
     let at = event.time.as_ref().map_or_else(|| "-".to_owned(), time::rfc3339);
-    let vm = or_dash(if event.vm_name.is_empty() { &event.vm_id } else { &event.vm_name });
-    printable(&format!("{at:<27}  {vm:<16}  {:<9}  {:<10}  {}", event.kind, or_dash(&event.actor), event.message))
+    let names = [&event.vm_name, &event.vm_id, &event.volume_name, &event.volume_id];
+    let about = or_dash(names.into_iter().find(|name| !name.is_empty()).map_or("", String::as_str));
+    printable(&format!("{at:<27}  {about:<16}  {:<13}  {:<10}  {}", event.kind, or_dash(&event.actor), event.message))
         .into_owned()
 }
 
 /// Above the first line.
-pub const HEADER: &str = "TIME                         VM                KIND       ACTOR       MESSAGE";
+pub const HEADER: &str = "TIME                         VM, VOLUME        KIND           ACTOR       MESSAGE";

@@ -17,7 +17,7 @@ pub struct VolumeView {
     pub size_mib: u64,
     /// On the host's disk.
     pub used_bytes: u64,
-    /// "ready", "making", "copying", "growing", "removing", "lost".
+    /// "ready", "making", "copying", "growing", "checking", "removing", "lost".
     pub state: String,
     /// It is checked before a machine gets it again.
     pub unclean: bool,
@@ -71,12 +71,18 @@ pub fn list(volumes: &[Volume], now: SystemTime) -> String {
             volume.name.clone(),
             MiB(volume.size_mib).to_string(),
             MiB::from_bytes(volume.used_bytes).to_string(),
-            volume.state.clone(),
+            state(volume),
             if users.is_empty() { "-".to_owned() } else { users.join(",") },
             time::age_of(volume.created_at.as_ref(), now),
         ]
     });
     table::rows(["NAME", "SIZE", "USED", "STATE", "VMS", "AGE"], rows)
+}
+
+/// That it is going to be checked matters where no VM is writing to it.
+fn state(volume: &Volume) -> String {
+    let written = volume.used_by.iter().any(|one| !one.read_only);
+    if volume.unclean && !written && volume.state == "ready" { "unclean".to_owned() } else { volume.state.clone() }
 }
 
 /// `volume inspect`.
@@ -85,7 +91,7 @@ pub fn detail(view: &VolumeView) -> String {
     let checked = match (view.unclean, view.used_by.iter().any(|one| !one.read_only)) {
         (false, _) => "clean",
         (true, true) => "may be written to: checked at the next start, unless it is unmounted in order",
-        (true, false) => "not unmounted in order: checked before a VM gets it",
+        (true, false) => "not in order: checked before a VM gets it, or now: clawpot volume check",
     };
     let pairs = [
         ("Name", view.name.clone()),

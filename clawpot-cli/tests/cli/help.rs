@@ -38,7 +38,7 @@ fn every_verb_explains_itself() {
     for verb in ["pull", "import", "export", "tag", "rm", "gc"] {
         insta::assert_snapshot!(format!("help-image-{verb}"), help(&["image", verb]));
     }
-    for verb in ["create", "cp", "resize", "rm"] {
+    for verb in ["create", "cp", "resize", "check", "rm"] {
         insta::assert_snapshot!(format!("help-volume-{verb}"), help(&["volume", verb]));
     }
 }

@@ -49,6 +49,7 @@ const TABLE: &[(&str, Need)] = &[
     ("/clawpot.v1.VmService/StartVm", Need::Operate),
     ("/clawpot.v1.VmService/StopVm", Need::Operate),
     ("/clawpot.v1.VmService/WatchVms", Need::View),
+    ("/clawpot.v1.VolumeService/CheckVolume", Need::Operate),
     ("/clawpot.v1.VolumeService/CopyVolume", Need::Operate),
     ("/clawpot.v1.VolumeService/CreateVolume", Need::Operate),
     ("/clawpot.v1.VolumeService/DeleteVolume", Need::Operate),

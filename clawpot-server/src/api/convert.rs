@@ -5,7 +5,7 @@ use std::time::Duration;
 use clawpot_common::v1;
 use clawpot_control::Row;
 use clawpot_control::service::quarantine_hint;
-use clawpot_core::event::Event;
+use clawpot_core::event::{About, Event};
 use clawpot_core::{
     Desired, DiskSource, Exit, ExtraDisk, Failure, Phase, Quarantine, Reason, RestartPolicy, Timing, VmRecord,
 };
@@ -165,15 +165,21 @@ pub fn timestamp(at: Timestamp) -> prost_types::Timestamp {
 }
 
 pub fn event(event: Event) -> v1::Event {
-    v1::Event {
+    let told = v1::Event {
         id: event.id.0,
         time: Some(timestamp(event.time)),
-        vm_id: event.vm.to_string(),
-        vm_name: event.name.to_string(),
-        incarnation: event.incarnation.0,
         kind: event.kind,
         message: event.message,
         actor: event.actor,
+        ..v1::Event::default()
+    };
+    match event.about {
+        About::Vm { vm, name, incarnation } => {
+            v1::Event { vm_id: vm.to_string(), vm_name: name.to_string(), incarnation: incarnation.0, ..told }
+        }
+        About::Volume { volume, volume_name } => {
+            v1::Event { volume_id: volume.to_string(), volume_name: volume_name.to_string(), ..told }
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use clawpot_common::v1;
 use clawpot_common::v1::volume_service_server::VolumeService;
 use clawpot_control::Service;
 use clawpot_control::service::volume::VolumeView;
-use clawpot_core::ports::Copied;
+use clawpot_core::ports::{Check, Copied};
 use clawpot_core::volume::VolumeState;
 use clawpot_types::{Error, Kind, MiB, Result, VolumeName};
 use tonic::{Request, Response, Status};
@@ -64,6 +64,15 @@ impl VolumeService for VolumeApi {
         Ok(Response::new(volume(self.service.resize_volume(asked, size, &actor).await.map_err(status)?)))
     }
 
+    async fn check_volume(&self, request: Request<v1::CheckVolumeRequest>) -> Answer<v1::CheckVolumeResponse> {
+        let actor = actor(&request);
+        let request = request.into_inner();
+        let name = name("name", &request.name).map_err(status)?;
+        let how = if request.repair { Check::Repair } else { Check::Whole };
+        let (checked, outcome) = self.service.check_volume(name, how, &actor).await.map_err(status)?;
+        Ok(Response::new(v1::CheckVolumeResponse { volume: Some(volume(checked)), outcome }))
+    }
+
     async fn delete_volume(&self, request: Request<v1::DeleteVolumeRequest>) -> Answer<v1::DeleteVolumeResponse> {
         let actor = actor(&request);
         let name = name("name", &request.into_inner().name).map_err(status)?;
@@ -88,6 +97,7 @@ fn volume(view: VolumeView) -> v1::Volume {
         VolumeState::Ready => "ready",
         VolumeState::Copying => "copying",
         VolumeState::Growing => "growing",
+        VolumeState::Checking => "checking",
         VolumeState::Removing => "removing",
     };
     let used_by = record.attached.iter().map(|(vm, lease)| v1::VolumeUse {

@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use clawpot_control::Settings;
 use clawpot_control::service::create::CreateVm;
+use clawpot_core::event::About;
+use clawpot_core::ports::Check;
 use clawpot_core::volume::VolumeState;
 use clawpot_core::{DiskSource, ExtraDisk, Phase};
-use clawpot_testkit::volumes::{FakeFile, Fault};
+use clawpot_testkit::volumes::FakeFile;
 use clawpot_testkit::{Injection, Method, Shutdown};
 use clawpot_types::{Error, Kind, MiB, Result, VmId, VolumeId, VolumeName};
 use support::{House, wanted};
@@ -62,9 +64,9 @@ async fn one_vm_writes_until_it_is_gone() {
     house.delete(&first).await;
     let second = create(&house, "second", &[("db", false)]).await.unwrap();
     house.delete(&second).await;
-    assert_eq!(house.volumes.files().len(), 1, "kept over both");
+    assert_eq!(house.host.volume_files().len(), 1, "kept over both");
     house.service().delete_volume(name("db"), "uid=0").await.unwrap();
-    assert!(house.volumes.files().is_empty());
+    assert!(house.host.volume_files().is_empty());
 }
 
 /// Of many who ask in the same moment one gets it, and nothing of the others stays.
@@ -134,7 +136,7 @@ async fn a_volume_that_is_not_there_makes_no_vm() {
 async fn it_is_checked_after_an_unclean_end_and_only_then() {
     let house = House::new().await;
     make(&house, "db").await;
-    let checks = |house: &House| house.volumes.files().values().next().unwrap().checks;
+    let checks = |house: &House| house.host.volume_files().values().next().unwrap().checks;
     let vm = create(&house, "web", &[("db", false)]).await.unwrap();
     house.until(&vm, Some(Phase::Running)).await;
     let view = house.service().get_volume(&name("db")).await.unwrap();
@@ -144,7 +146,8 @@ async fn it_is_checked_after_an_unclean_end_and_only_then() {
     house.start(&vm).await;
     assert_eq!(checks(&house), 0);
     // The guest had no time to unmount it.
-    house.volumes.put(view.record.id.clone(), FakeFile { size: SIZE, clean: false, checks: 0 });
+    house.host.put_volume(view.record.id.clone(), FakeFile { clean: false, ..FakeFile::new(SIZE) });
+    house.host.set_shutdown(Shutdown::Ignored);
     house.stop(&vm).await;
     assert!(house.service().get_volume(&name("db")).await.unwrap().record.unclean);
     house.start(&vm).await;
@@ -159,16 +162,17 @@ async fn a_check_that_takes_long_is_given_up() {
     let vm = create(&house, "web", &[("db", false)]).await.unwrap();
     house.until(&vm, Some(Phase::Running)).await;
     let volume = house.service().get_volume(&name("db")).await.unwrap().record.id;
-    house.volumes.put(volume, FakeFile { size: SIZE, clean: false, checks: 0 });
+    house.host.put_volume(volume, FakeFile { clean: false, ..FakeFile::new(SIZE) });
+    house.host.set_shutdown(Shutdown::Ignored);
     house.stop(&vm).await;
-    house.volumes.fail_next(Fault::Death);
+    house.faults.at(Method::VolumesCheck, 1, Injection::Hang);
     house.service().start(vm.as_str(), "uid=0").await.unwrap();
     house.until(&vm, Some(Phase::Preparing)).await;
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert_eq!(house.phase(&vm), Some(Phase::Preparing), "it is being checked");
     tokio::time::timeout(Duration::from_secs(1), house.service().leave()).await.expect("the server can go");
 
-    house.volumes.fail_next(Fault::Death);
+    house.faults.at(Method::VolumesCheck, 1, Injection::Hang);
     house.restart().await;
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert_eq!(house.phase(&vm), Some(Phase::Preparing), "it is being checked again");
@@ -220,13 +224,13 @@ async fn a_delete_lets_the_guest_unmount_what_it_writes_to() {
 #[tokio::test(start_paused = true)]
 async fn a_full_disk_leaves_nothing() {
     let house = House::new().await;
-    house.volumes.fail_next(Fault::DiskFull);
+    house.faults.at(Method::VolumesCreate, 1, Injection::Error(Kind::Exhausted));
     let error = house.service().create_volume(name("db"), SIZE, "uid=0").await.unwrap_err();
     assert_eq!(error.kind(), Kind::Exhausted);
     let (volumes, unreadable) = house.service().list_volumes().await.unwrap();
-    assert!(volumes.is_empty() && unreadable.is_empty() && house.volumes.files().is_empty());
+    assert!(volumes.is_empty() && unreadable.is_empty() && house.host.volume_files().is_empty());
     make(&house, "db").await;
-    house.volumes.fail_next(Fault::DiskFull);
+    house.faults.at(Method::VolumesCopy, 1, Injection::Error(Kind::Exhausted));
     house.service().copy_volume(name("db"), name("copy"), "uid=0").await.unwrap_err();
     let (volumes, _) = house.service().list_volumes().await.unwrap();
     assert_eq!(volumes.len(), 1);
@@ -249,28 +253,73 @@ async fn the_disk_budget_counts_volumes() {
     assert_eq!(house.service().budgets().await.unwrap().disk.used, budget.used);
 }
 
-/// Who comes second changes nothing of what the first has been promised.
+/// One thing at a time is done to a volume. Who comes second is told so, and changes nothing of what the first was promised.
 #[tokio::test(start_paused = true)]
-async fn of_two_at_once_the_one_that_is_made_counts() {
+async fn of_two_at_once_one_is_refused() {
     let house = House::new().await;
     let used = async || house.service().budgets().await.unwrap().disk.used;
     let before = used().await;
     let service = house.service();
     house.faults.at(Method::StoreGet, 1, Injection::DelayAfter(Duration::from_millis(10)));
-    let (late, early) = tokio::join!(
+    let (first, second) = tokio::join!(
         service.create_volume(name("db"), SIZE, "uid=0"),
         service.create_volume(name("db"), MiB(2048), "uid=0")
     );
-    assert_eq!((late.unwrap_err().kind(), early.unwrap().record.size), (Kind::AlreadyExists, MiB(2048)));
-    assert_eq!(used().await, before + 2048);
+    assert_eq!((first.unwrap().record.size, second.unwrap_err().kind()), (SIZE, Kind::FailedPrecondition));
+    assert_eq!(used().await, before + SIZE.0);
     house.faults.at(Method::StoreGet, 1, Injection::DelayAfter(Duration::from_millis(10)));
-    let (late, early) = tokio::join!(
+    let (first, second) = tokio::join!(
         service.resize_volume(name("db"), MiB(3072), "uid=0"),
         service.resize_volume(name("db"), MiB(4096), "uid=0")
     );
-    assert_eq!((late.unwrap().record.size, early.unwrap().record.size), (MiB(4096), MiB(4096)));
-    assert_eq!(used().await, before + 4096);
-    assert_eq!(house.volumes.files().values().next().unwrap().size, MiB(4096));
+    assert_eq!((first.unwrap().record.size, second.unwrap_err().kind()), (MiB(3072), Kind::FailedPrecondition));
+    assert_eq!(used().await, before + 3072);
+    assert_eq!(house.host.volume_files().values().next().unwrap().size, MiB(3072));
+    let error = service.copy_volume(name("db"), name("db"), "uid=0").await.unwrap_err();
+    assert_eq!(error.kind(), Kind::InvalidArgument, "{}", error.chain());
+}
+
+/// Each is an event with who and what, and what came of it is another.
+#[tokio::test(start_paused = true)]
+async fn what_is_done_to_volumes_is_told() {
+    let house = House::new().await;
+    make(&house, "db").await;
+    let service = house.service();
+    service.resize_volume(name("db"), MiB(2048), "uid=7").await.unwrap();
+    house.faults.at(Method::VolumesGrow, 1, Injection::Error(Kind::Exhausted));
+    service.resize_volume(name("db"), MiB(4096), "uid=7").await.unwrap_err();
+    let view = service.get_volume(&name("db")).await.unwrap();
+    assert_eq!((view.record.size, view.record.unclean), (MiB(2048), true), "as its file is");
+    let damaged = FakeFile { clean: false, damaged: true, ..FakeFile::new(MiB(2048)) };
+    house.host.put_volume(view.record.id.clone(), damaged);
+    let error = service.check_volume(name("db"), Check::Whole, "uid=7").await.unwrap_err();
+    assert!(error.next_step().unwrap().contains("clawpot volume check db --repair"), "{}", error.chain());
+    let (view, _) = service.check_volume(name("db"), Check::Repair, "uid=7").await.unwrap();
+    assert!(!view.record.unclean && view.file.unwrap().clean);
+    service.copy_volume(name("db"), name("copy"), "uid=7").await.unwrap();
+    service.delete_volume(name("db"), "uid=7").await.unwrap();
+    let told: Vec<(String, String)> = house
+        .store
+        .all_events()
+        .into_iter()
+        .filter(|event| matches!(&event.about, About::Volume { volume, .. } if *volume == view.record.id))
+        .map(|event| (event.kind, event.actor))
+        .collect();
+    let want = [
+        ("volume.create", "uid=0"),
+        ("volume.ready", "server"),
+        ("volume.resize", "uid=7"),
+        ("volume.ready", "server"),
+        ("volume.resize", "uid=7"),
+        ("volume.ready", "server"),
+        ("volume.check", "uid=7"),
+        ("volume.ready", "server"),
+        ("volume.check", "uid=7"),
+        ("volume.ready", "server"),
+        ("volume.delete", "uid=7"),
+        ("volume.gone", "server"),
+    ];
+    assert_eq!(told, want.map(|(kind, actor)| (kind.to_owned(), actor.to_owned())));
 }
 
 #[tokio::test(start_paused = true)]
@@ -285,7 +334,7 @@ async fn it_grows_while_no_machine_has_it() {
     house.stop(&vm).await;
     assert_eq!(grow(2048).await.unwrap().record.size, MiB(2048));
     assert!(said(grow(1024).await.unwrap_err()).contains("only grows"));
-    assert_eq!(house.volumes.files().values().next().unwrap().size, MiB(2048));
+    assert_eq!(house.host.volume_files().values().next().unwrap().size, MiB(2048));
     house.start(&vm).await;
 }
 
@@ -297,9 +346,10 @@ async fn what_a_death_leaves_is_put_in_order() {
     make(&house, "old").await;
     // Of a volume that was made since the backup from which the store was restored.
     let unknown = VolumeId::from_random([9; VolumeId::LEN]);
-    house.volumes.put(unknown.clone(), FakeFile { size: SIZE, clean: true, checks: 0 });
-    for turn in 0..4 {
-        house.volumes.fail_next(Fault::Death);
+    house.host.put_volume(unknown.clone(), FakeFile::new(SIZE));
+    let dies_in = [Method::VolumesCreate, Method::VolumesCopy, Method::VolumesGrow, Method::VolumesRemove];
+    for (turn, method) in dies_in.into_iter().enumerate() {
+        house.faults.at(method, 1, Injection::Hang);
         let service = house.service().clone();
         let dying = tokio::spawn(async move {
             match turn {
@@ -318,10 +368,10 @@ async fn what_a_death_leaves_is_put_in_order() {
         let want: &[&str] = if turn == 3 { &["db"] } else { &["db", "old"] };
         assert_eq!(names, want, "turn {turn}");
         assert!(volumes.iter().all(|view| view.record.state == VolumeState::Ready && view.file.is_some()));
-        let mut files = house.volumes.files();
+        let mut files = house.host.volume_files();
         assert!(files.remove(&unknown).is_some(), "nobody's data is removed in turn {turn}");
         assert_eq!(files.len(), want.len(), "no other file without a record after turn {turn}");
     }
-    let grown = house.volumes.files().into_iter().find(|(id, _)| *id != unknown).unwrap().1;
+    let grown = house.host.volume_files().into_iter().find(|(id, _)| *id != unknown).unwrap().1;
     assert_eq!(grown.size, MiB(2048));
 }

@@ -1,21 +1,53 @@
 //! What happened, for people.
 
-use clawpot_types::{Incarnation, Revision, Timestamp, VmId, VmName};
+use clawpot_types::{Incarnation, Revision, Timestamp, VmId, VmName, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
 /// Kind of the event of a command that is run in a guest. There may be thousands for each create and delete, so the log
 /// keeps them apart: however many there are, they push out none of another kind.
 pub const EXEC: &str = "vm.exec";
 
+/// Whom an event tells of. Each has its own fields in the event's JSON, so that events of VMs read as they always did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum About {
+    Vm { vm: VmId, name: VmName, incarnation: Incarnation },
+    Volume { volume: VolumeId, volume_name: VolumeName },
+}
+
+impl About {
+    /// The VM's or the volume's.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Vm { vm, .. } => vm.as_str(),
+            Self::Volume { volume, .. } => volume.as_str(),
+        }
+    }
+
+    #[must_use]
+    pub fn is_vm(&self, id: &VmId) -> bool {
+        matches!(self, Self::Vm { vm, .. } if vm == id)
+    }
+}
+
+impl std::fmt::Display for About {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Vm { vm, .. } => write!(f, "VM {vm}"),
+            Self::Volume { volume_name, .. } => write!(f, "volume {volume_name}"),
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
     /// The revision of the transaction that it is part of; ascending.
     pub id: Revision,
     pub time: Timestamp,
-    pub vm: VmId,
-    pub name: VmName,
-    pub incarnation: Incarnation,
-    /// "vm.create", "vm.phase", …
+    #[serde(flatten)]
+    pub about: About,
+    /// "vm.create", "vm.phase", "volume.create", …
     pub kind: String,
     pub message: String,
     /// "uid=1000", or "server".
@@ -26,10 +58,8 @@ pub struct Event {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Draft {
     pub time: Timestamp,
-    pub vm: VmId,
-    pub name: VmName,
-    pub incarnation: Incarnation,
-    /// At most one of a kind for each VM in one transaction.
+    pub about: About,
+    /// At most one of a kind for each VM or volume in one transaction.
     pub kind: &'static str,
     pub message: String,
     pub actor: String,
@@ -41,12 +71,41 @@ impl Draft {
         Event {
             id,
             time: self.time,
-            vm: self.vm.clone(),
-            name: self.name.clone(),
-            incarnation: self.incarnation,
+            about: self.about.clone(),
             kind: self.kind.to_owned(),
             message: self.message.clone(),
             actor: self.actor.clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(about: About) -> Event {
+        Event {
+            id: Revision(7),
+            time: Timestamp(1),
+            about,
+            kind: "vm.phase".to_owned(),
+            message: "running".to_owned(),
+            actor: "server".to_owned(),
+        }
+    }
+
+    /// Earlier versions wrote the VM's fields beside the others, and nothing of volumes.
+    #[test]
+    fn events_of_earlier_versions_read_back() {
+        let (vm, volume) = (VmId::from_random([1; VmId::LEN]), VolumeId::from_random([2; VolumeId::LEN]));
+        let old = format!(
+            r#"{{"id":7,"time":1,"vm":"{vm}","name":"web","incarnation":3,"kind":"vm.phase","message":"running","actor":"server"}}"#
+        );
+        let told = event(About::Vm { vm, name: "web".parse().unwrap(), incarnation: Incarnation(3) });
+        assert_eq!(serde_json::from_str::<Event>(&old).unwrap(), told);
+        assert_eq!(serde_json::to_string(&told).unwrap(), old);
+        let told = event(About::Volume { volume, volume_name: "db".parse().unwrap() });
+        let text = serde_json::to_string(&told).unwrap();
+        assert_eq!(serde_json::from_str::<Event>(&text).unwrap(), told, "{text}");
     }
 }

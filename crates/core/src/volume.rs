@@ -3,6 +3,7 @@
 //! ```text
 //! Making ─► Ready ◄─► Copying        another volume is made of it
 //!             │ ◄───► Growing
+//!             │ ◄───► Checking           because somebody asked
 //!             └─────► Removing ─► gone
 //! ```
 //!
@@ -43,6 +44,8 @@ pub enum VolumeState {
     Copying,
     /// After a crash it goes on.
     Growing,
+    /// After a crash it counts as unclean.
+    Checking,
     /// Likewise.
     Removing,
 }
@@ -106,6 +109,7 @@ impl VolumeRecord {
             VolumeState::Making => "made",
             VolumeState::Copying => "copied",
             VolumeState::Growing => "resized",
+            VolumeState::Checking => "checked",
             VolumeState::Removing => "removed",
         };
         Err(Error::new(Kind::FailedPrecondition, format!("volume {}: it is being {doing}", self.name))
@@ -158,12 +162,13 @@ mod tests {
 
     #[test]
     fn what_is_worked_on_is_given_to_nobody() {
-        use VolumeState::{Copying, Growing, Making, Ready, Removing};
+        use VolumeState::{Checking, Copying, Growing, Making, Ready, Removing};
         for (state, reads, writes) in [
             (Ready, true, true),
             (Copying, true, false),
             (Making, false, false),
             (Growing, false, false),
+            (Checking, false, false),
             (Removing, false, false),
         ] {
             let volume = VolumeRecord { state, ..volume() };

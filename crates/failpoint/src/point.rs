@@ -42,9 +42,11 @@ points! {
     VolumeWritten = "volume.written",
     /// Its file is whole; the record does not know yet.
     VolumeMade = "volume.made",
-    /// It is kept from machines, to be copied or grown.
+    /// It is kept from machines, to be copied, grown or checked.
     VolumeHeld = "volume.held",
     VolumeGrown = "volume.grown",
+    /// Checked or repaired because somebody asked; the record does not know yet.
+    VolumeMended = "volume.mended",
     /// Its record says that it is being removed.
     VolumeDoomed = "volume.doomed",
     /// Its file is gone; the record is not.

@@ -214,7 +214,12 @@ pub(crate) fn no_room(error: Error, dir: &Path) -> Error {
         return error;
     }
     let hint = format!("free some space on the file system of {}; nothing was left behind", dir.display());
-    Error::new(Kind::Exhausted, format!("no room in {}", dir.display())).because(error).hint(hint)
+    // As root may use it, which the server is.
+    let free = match rustix::fs::statvfs(dir) {
+        Ok(found) => format!(": {} free", MiB::from_bytes(found.f_bfree.saturating_mul(found.f_frsize))),
+        Err(_) => String::new(),
+    };
+    Error::new(Kind::Exhausted, format!("no room in {}{free}", dir.display())).because(error).hint(hint)
 }
 
 /// Runs `work` where it may block. `held` is let go when it ends, even if nobody waits for it any more.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use clawpot_core::ports::{Copied, VolumeFile, Volumes};
+use clawpot_core::ports::{Check, Copied, VolumeFile, Volumes};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::fs::{self, Cloned};
 use clawpot_host::process::{Exit, Finished, Rlimits, Tool, find_program};
@@ -78,19 +78,39 @@ impl LocalVolumes {
     async fn fsck(&self, id: &VolumeId, args: &[&str]) -> Result<String> {
         let done = self.confined(id, "e2fsck", args).await?;
         match done.exit {
-            Exit::Code(0) => Ok("nothing was wrong".to_owned()),
             // 1: corrected; 2: corrected, and a mounted one would need a reboot.
-            Exit::Code(1 | 2) => Ok(format!("corrected: {}", said(&done))),
-            // 4: left uncorrected; 8: it saw no file system that it could begin with.
-            Exit::Code(4 | 8 | 12) => {
-                let what = format!("its file system needs more repair than is done unasked: {}", said(&done));
-                Err(Error::new(Kind::Corrupt, what).hint(format!(
-                    "no VM gets it until it is repaired: as a user who may do nothing else, run `e2fsck -y` on a copy of {}, and put \
-                     that in its place",
-                    self.path(id).display()
-                )))
+            Exit::Code(1 | 2) => Ok(format!("corrected: {}", mended(&done))),
+            // Without a superblock a repair begins with a copy of it, and tells only that.
+            Exit::Code(0) if written(&done).contains("? yes") => Ok(format!("corrected: {}", mended(&done))),
+            Exit::Code(0) => Ok("nothing was wrong".to_owned()),
+            // 4: left uncorrected; 8: it could not even begin, as without a superblock. With 12 both.
+            Exit::Code(4 | 8 | 12) if !lacks_room(&done) => {
+                let what = format!("its file system takes more repair than is done unasked: {}", said(&done));
+                Err(Error::new(Kind::Corrupt, what))
             }
             exit => Err(Error::new(Kind::Internal, format!("e2fsck: {exit}: {}", said(&done)))),
+        }
+    }
+
+    /// The file system becomes as large as the file.
+    async fn fill(&self, id: &VolumeId) -> Result<()> {
+        // Without it resize2fs refuses; what it would correct is corrected.
+        self.fsck(id, &["-f", "-p"]).await?;
+        let done = self.confined(id, "resize2fs", &[]).await?;
+        match done.exit {
+            Exit::Code(0) => Ok(()),
+            exit => Err(Error::new(Kind::Internal, format!("resize2fs: {exit}: {}", said(&done)))),
+        }
+    }
+
+    /// After a resize that failed the file is as long as it was, where its file system is certainly no larger than that.
+    fn shorten(&self, id: &VolumeId, before: u64) -> Result<()> {
+        let path = self.path(id);
+        let what = || format!("shortening {} to what it was", path.display());
+        let file = File::options().read(true).write(true).open(&path).map_err(|error| Error::io(what(), error))?;
+        match extent(&file).map_err(|error| Error::io(what(), error))? {
+            Some(bytes) if bytes <= before => file.set_len(before).map_err(|error| Error::io(what(), error)),
+            _ => Ok(()),
         }
     }
 }
@@ -118,13 +138,77 @@ async fn lend(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// The last lines of what it wrote, in one.
+/// At least so long; what it was.
+fn lengthen(path: &Path, bytes: u64) -> Result<u64> {
+    let what = || format!("making {} longer", path.display());
+    let file = File::options().write(true).open(path).map_err(|error| Error::io(what(), error))?;
+    let before = file.metadata().map_err(|error| Error::io(what(), error))?.len();
+    if before < bytes {
+        file.set_len(bytes).and_then(|()| file.sync_all()).map_err(|error| Error::io(what(), error))?;
+    }
+    Ok(before)
+}
+
+/// What it says that tells something, in one line: its errors, else its last words.
 fn said(done: &Finished) -> String {
-    let text = [&done.stdout[..], &done.stderr[..]].concat();
-    let text = String::from_utf8_lossy(&text);
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let last = lines[lines.len().saturating_sub(3)..].join("; ").replace(FILE_NAME, "volume");
-    last.chars().map(|c| if c.is_control() { '?' } else { c }).take(500).collect()
+    let text = written(done);
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !is_noise(line));
+    let lines: Vec<&str> = lines.collect();
+    let errors: Vec<&str> = lines.iter().copied().filter(|line| is_error(line)).collect();
+    let told = if errors.is_empty() { lines } else { errors };
+    one_line(&told[told.len().saturating_sub(3)..].join("; "))
+}
+
+/// What it did about each thing that it found, where it answered its own questions.
+fn mended(done: &Finished) -> String {
+    /// More are counted, not told.
+    const TOLD: usize = 4;
+    let text = written(done);
+    let answers: Vec<&str> = text.lines().filter_map(|line| line.trim().strip_suffix("? yes")).collect();
+    let mut told = answers.iter().take(TOLD).copied().collect::<Vec<_>>().join("; ");
+    if answers.len() > TOLD {
+        told.push_str(&format!("; {} more", answers.len() - TOLD));
+    }
+    if text.contains("Connect to /lost+found? yes") {
+        told.push_str("; what lost its name is in lost+found");
+    }
+    if told.is_empty() { said(done) } else { one_line(&told) }
+}
+
+fn written(done: &Finished) -> String {
+    String::from_utf8_lossy(&[&done.stdout[..], &done.stderr[..]].concat()).replace(FILE_NAME, "volume")
+}
+
+fn is_error(line: &str) -> bool {
+    line.starts_with("e2fsck: ") || line.starts_with("resize2fs: ")
+}
+
+/// Versions, decoration, and what to type on a device.
+fn is_noise(line: &str) -> bool {
+    line.starts_with("e2fsck 1.")
+        || line.starts_with("resize2fs 1.")
+        || line.contains("*****")
+        || line.starts_with("(i.e.")
+}
+
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).take(500).collect()
+}
+
+fn lacks_room(done: &Finished) -> bool {
+    [&done.stdout, &done.stderr].iter().any(|text| String::from_utf8_lossy(text).contains("No space left on device"))
+}
+
+/// What an ext4 says that it takes, bytes; `None`: it is none.
+fn extent(file: &File) -> std::io::Result<Option<u64>> {
+    let mut superblock = [0; 1024];
+    file.read_exact_at(&mut superblock, 1024)?;
+    let long = |at: usize| u64::from(u32::from_le_bytes([0, 1, 2, 3].map(|n| superblock[at + n])));
+    let magic = u16::from_le_bytes([superblock[0x38], superblock[0x39]]);
+    // s_blocks_count_lo, s_blocks_count_hi, s_log_block_size. The high part counts where 64bit is on; elsewhere it is zero.
+    let blocks = long(0x4) | long(0x150) << 32;
+    let size = 1024u64.checked_shl(u32::try_from(long(0x18)).unwrap_or(u32::MAX));
+    Ok(size.and_then(|size| blocks.checked_mul(size)).filter(|_| magic == 0xEF53))
 }
 
 /// Whether an ext4 says that it was unmounted in order: `s_state` is "clean" without errors, and its journal needs no recovery.
@@ -150,10 +234,10 @@ impl Volumes for LocalVolumes {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
                 Err(error) => return Err(Error::io(format!("looking at {}", path.display()), error)),
             };
-            let looked = file.metadata().and_then(|found| Ok((found.blocks().saturating_mul(512), is_clean(&file)?)));
-            let (used_bytes, clean) =
-                looked.map_err(|error| Error::io(format!("looking at {}", path.display()), error))?;
-            Ok(Some(VolumeFile { used_bytes, clean }))
+            let looked = file.metadata().and_then(|found| Ok((found, is_clean(&file)?)));
+            let (found, clean) = looked.map_err(|error| Error::io(format!("looking at {}", path.display()), error))?;
+            let used_bytes = found.blocks().saturating_mul(512);
+            Ok(Some(VolumeFile { size: MiB::from_bytes(found.len()), used_bytes, clean }))
         };
         blocking((), look).await
     }
@@ -187,35 +271,31 @@ impl Volumes for LocalVolumes {
         copied.await.map_err(|error| no_room(error, &self.dir).context(what))
     }
 
-    async fn check(&self, id: &VolumeId) -> Result<String> {
-        self.fsck(id, &["-p"]).await
+    async fn check(&self, id: &VolumeId, how: Check) -> Result<String> {
+        if how == Check::Quick && self.look(id).await?.is_some_and(|file| file.clean) {
+            return Ok("nothing was wrong".to_owned());
+        }
+        let args: &[&str] = match how {
+            Check::Quick => &["-p"],
+            Check::Whole => &["-f", "-p"],
+            Check::Repair => &["-f", "-y"],
+        };
+        self.fsck(id, args).await.map_err(|error| no_room(error, &self.dir))
     }
 
     async fn grow(&self, id: &VolumeId, size: MiB) -> Result<()> {
         let path = self.path(id);
-        let too_much = || Error::new(Kind::InvalidArgument, format!("{size}: more than a file can have"));
-        let bytes = size.bytes().ok_or_else(too_much)?;
-        let larger = {
-            let path = path.clone();
-            move || {
-                let what = || format!("growing {} to {size}", path.display());
-                let file = File::options().write(true).open(&path).map_err(|error| Error::io(what(), error))?;
-                let now = file.metadata().map_err(|error| Error::io(what(), error))?.len();
-                if now < bytes {
-                    file.set_len(bytes).and_then(|()| file.sync_all()).map_err(|error| Error::io(what(), error))?;
-                }
-                Ok(())
-            }
-        };
-        blocking((), larger).await?;
+        let what = format!("growing {} to {size}", path.display());
+        let bytes = size.bytes().ok_or_else(|| Error::new(Kind::InvalidArgument, format!("{what}: too large")))?;
+        let before = blocking((), move || lengthen(&path, bytes)).await;
+        let before = before.map_err(|error| no_room(error, &self.dir).context(&what))?;
         failpoint::reached(Point::VolumeLengthened);
-        // Without it resize2fs refuses; what it would correct is corrected.
-        self.fsck(id, &["-f", "-p"]).await?;
-        let done = self.confined(id, "resize2fs", &[]).await?;
-        match done.exit {
-            Exit::Code(0) => Ok(()),
-            exit => Err(Error::new(Kind::Internal, format!("resize2fs: {exit}: {}", said(&done)))),
-        }
+        let Err(error) = self.fill(id).await else { return Ok(()) };
+        let error = no_room(error, &self.dir).context(what);
+        Err(match self.shorten(id, before) {
+            Ok(()) => error,
+            Err(cleanup) => error.and_cleanup(cleanup),
+        })
     }
 
     async fn remove(&self, id: &VolumeId) -> Result<()> {

@@ -5,7 +5,7 @@
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use clawpot_core::ports::{Copied, Volumes as _};
+use clawpot_core::ports::{Check, Copied, Volumes as _};
 use clawpot_host::process::{Tool, find_program};
 use clawpot_image::LocalVolumes;
 use clawpot_types::{Kind, MiB, VolumeId};
@@ -59,7 +59,7 @@ async fn one_is_made_copied_grown_and_removed() {
     }
     let copy = volumes.path(&id(2));
     assert!(debugfs(&copy, "ls").await.contains("kept"), "{copied:?}");
-    assert_eq!(volumes.check(&id(1)).await.unwrap(), "nothing was wrong");
+    assert_eq!(volumes.check(&id(1), Check::Whole).await.unwrap(), "nothing was wrong");
     volumes.grow(&id(1), MiB(512)).await.unwrap();
     volumes.grow(&id(1), MiB(512)).await.unwrap();
     assert_eq!((size_of(&path).await, size_of(&copy).await), (MiB(512), SIZE));
@@ -84,15 +84,14 @@ async fn what_is_in_disorder_is_checked() {
     debugfs(&path, "set_super_value free_blocks_count 7").await;
     debugfs(&path, "set_super_value state 0").await;
     assert!(!volumes.look(&id(1)).await.unwrap().unwrap().clean);
-    let done = volumes.check(&id(1)).await.unwrap();
+    let done = volumes.check(&id(1), Check::Quick).await.unwrap();
     assert!(done.starts_with("corrected: "), "{done}");
     assert!(volumes.look(&id(1)).await.unwrap().unwrap().clean);
     // No superblock, no group descriptors.
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     file.write_all_at(&vec![0xa5; 8 << 20], 0).unwrap();
-    let error = volumes.check(&id(1)).await.unwrap_err();
+    let error = volumes.check(&id(1), Check::Quick).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Corrupt, "{}", error.chain());
-    assert!(error.next_step().is_some_and(|hint| hint.contains("e2fsck -y")), "{error:?}");
     assert_eq!(std::fs::metadata(&path).unwrap().uid(), 0, "taken back");
 }
 

@@ -174,7 +174,7 @@ fn deps(host: &Arc<FakeHost>, store: Arc<SqliteStore>) -> Deps {
         store: store.clone(),
         events: store,
         images: Arc::new(FakeImages::new(host)),
-        volumes: FakeVolumes::new(),
+        volumes: FakeVolumes::new(host),
         net: Arc::new(FakeNet::new(host)),
         vmms: Vmms::new(VmmKind::Qemu, [vmm]).unwrap(),
         console: Arc::new(FakeConsole::new(host)),

@@ -9,6 +9,7 @@ use clawpot_core::{Desired, Phase, VmRecord};
 use clawpot_types::Slot;
 
 use crate::disk::at_once;
+use crate::volumes;
 use crate::world::World;
 
 /// Virtual. The longest of what may be under way: a delay of 300 s, a boot's 120 s, a clock that went back by 60 s; several
@@ -26,8 +27,9 @@ pub async fn settle(world: &World) -> Result<(), String> {
     let mut before = None;
     loop {
         let daemon = world.daemon().await;
-        let now = (daemon.life, snapshot(&daemon.service));
+        let now = (daemon.life, snapshot(&daemon.service), world.oracle.volumes());
         let restless = daemon.service.records().rows_after(None).into_iter().find_map(|(_, row)| restless(world, &row));
+        let restless = restless.or_else(|| volumes::restless(world));
         // A call that is still on its way may be answered with what was true long ago.
         let restless = restless.or_else(|| (!world.weather.is_over()).then(|| "a call is still on its way".to_owned()));
         match restless {
@@ -89,6 +91,7 @@ pub fn truth(world: &World, service: &Service) -> Vec<String> {
     let records: Vec<&VmRecord> = records.iter().map(AsRef::as_ref).collect();
     wrong.extend(strange(world, &records));
     wrong.extend(claims(world, &records));
+    wrong.extend(volumes::truth(world, &records));
     wrong
 }
 
@@ -159,17 +162,18 @@ fn claims(world: &World, records: &[&VmRecord]) -> Vec<String> {
     }
 }
 
-/// What is in the store, but for remembered requests.
+/// What is in the store of VMs.
 fn keys(world: &World) -> Result<BTreeSet<String>, String> {
     let listing = at_once(world.disk.state.list("")).map_err(|error| error.chain())?;
     let keys = listing.entries.into_iter().map(|entry| entry.key);
-    Ok(keys.filter(|key| !key.starts_with("requests/")).collect())
+    Ok(keys.filter(|key| !key.starts_with("requests/") && !key.starts_with("volumes/")).collect())
 }
 
-/// After the last VM was deleted there is nothing.
+/// After the last VM and the last volume were deleted there is nothing.
 #[must_use]
 pub fn empty(world: &World) -> Vec<String> {
     let mut left = world.host.left_behind();
+    left.extend(volumes::left(world));
     match keys(world) {
         Ok(keys) => left.extend(keys.into_iter().map(|key| format!("key {key}"))),
         Err(error) => left.push(error),

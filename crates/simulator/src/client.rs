@@ -7,11 +7,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use clawpot_core::Desired;
 use clawpot_core::exec::{ExecAttach, ExecEnd, ExecInput, ExecOutput, ExecStart};
+use clawpot_core::ports::Check;
 use clawpot_testkit::time::mix;
-use clawpot_types::{Error, ExecId, Kind, Millis, Result, Retry, Revision, VmId};
+use clawpot_types::{Error, ExecId, Kind, MiB, Millis, Result, Retry, Revision, VmId};
 use futures_util::StreamExt as _;
 
-use crate::operation::{Operation, Program, Target, body};
+use crate::operation::{Operation, Program, Target, VolumeVerb, body, volume_name};
 use crate::world::World;
 
 const ACTOR: &str = "uid=1000";
@@ -40,6 +41,7 @@ pub async fn act(world: Arc<World>, operation: Operation, number: u64) {
         Operation::Read(target) => read(&world, &target).await,
         Operation::Logs(target) => logs(&world, &target).await,
         Operation::Events(target) => events(&world, &target).await,
+        Operation::Volume(number, verb) => volume(&world, number, verb).await,
         // What befalls the host is no client's.
         _ => {}
     }
@@ -91,6 +93,33 @@ async fn create(world: &World, request: u64, altered: bool) {
         Some(Ok(record)) => world.oracle.created(&request, &record.id),
         Some(Err(error)) => unhappy(world, "create", &error),
         None => {}
+    }
+}
+
+/// Asked once: what became of it when no answer came, the next look tells.
+async fn volume(world: &World, number: u64, verb: VolumeVerb) {
+    let Some(name) = volume_name(number) else { return };
+    let asked = name.clone();
+    let answer = world.ask(async |service| match verb {
+        VolumeVerb::Create => service.create_volume(asked, MiB(1024), ACTOR).await.map(drop),
+        VolumeVerb::Resize(size) => service.resize_volume(asked, MiB(size), ACTOR).await.map(drop),
+        VolumeVerb::Copy(other) => match volume_name(other) {
+            Some(copy) => service.copy_volume(asked, copy, ACTOR).await.map(drop),
+            None => Ok(()),
+        },
+        VolumeVerb::Check => service.check_volume(asked, Check::Whole, ACTOR).await.map(drop),
+        VolumeVerb::Repair => service.check_volume(asked, Check::Repair, ACTOR).await.map(drop),
+        VolumeVerb::Delete => service.delete_volume(asked, ACTOR).await,
+        VolumeVerb::Read => match service.list_volumes().await {
+            Ok((_, unreadable)) => {
+                unreadable.into_iter().for_each(|(key, _)| world.oracle.broken(format!("{key} cannot be read")));
+                service.get_volume(&asked).await.map(drop)
+            }
+            Err(error) => Err(error),
+        },
+    });
+    if let Some(Err(error)) = answer.await {
+        unhappy(world, &format!("volume {name}: {verb:?}"), &error);
     }
 }
 

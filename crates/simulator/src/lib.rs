@@ -2,7 +2,7 @@
 //!
 //! - [`chance`] what is drawn · [`operation`] what clients ask for and what befalls the host · [`weather`] what goes wrong at the ports
 //! - [`world`] the host, the disk, and one daemon after another · [`client`] who asks again, and hangs up · [`disk`] the store
-//! - [`oracle`] looks at every commit · [`check`] compares records, host and disk at rest · [`trace`] what happened, and its hash
+//! - [`oracle`] looks at every commit · [`volumes`] what must be so of volumes · [`check`] compares records, host and disk at rest · [`trace`] what happened, and its hash
 //! - [`run`] puts it together: rounds of operations, a rest after each, and in the end nothing may be left
 //! - [`planted`] bugs that have to be found
 //!
@@ -17,6 +17,7 @@ pub mod oracle;
 pub mod planted;
 pub mod run;
 pub mod trace;
+pub mod volumes;
 pub mod weather;
 pub mod world;
 

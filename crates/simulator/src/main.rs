@@ -108,6 +108,7 @@ struct Sum {
     calls: u64,
     crashes: u64,
     vms: u64,
+    volumes: u64,
     deletes_checked: u64,
     quarantined: u64,
     reached: BTreeMap<(Method, Failpoint), u64>,
@@ -121,6 +122,7 @@ impl Sum {
         self.calls += report.calls;
         self.crashes += report.crashes;
         self.vms += report.vms;
+        self.volumes += report.volumes;
         self.deletes_checked += report.deletes_checked;
         self.quarantined += report.quarantined;
         for (at, count) in &report.reached {
@@ -161,13 +163,14 @@ fn many(arguments: &Arguments) -> ExitCode {
     let own = commits();
     let missed_commits: Vec<_> = own.iter().filter(|at| !sum.reached_commits.contains_key(at)).collect();
     println!(
-        "{} operations in {} runs from seed {}: {} VMs, {} calls of ports, {} crashes, {} faults at {} of {} failpoints and {} of {} of \
-         policy, admission and quarantine, \
+        "{} operations in {} runs from seed {}: {} VMs, {} volumes, {} calls of ports, {} crashes, {} faults at {} of {} failpoints and {} of {} of \
+         policy, admission, quarantine and volumes, \
          {} deletes held to 100 ms, {} quarantines, {:.1} s",
         sum.operations,
         sum.runs,
         arguments.from,
         sum.vms,
+        sum.volumes,
         sum.calls,
         sum.crashes,
         sum.reached.values().sum::<u64>(),

@@ -4,14 +4,18 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clawpot_control::service::create::CreateVm;
-use clawpot_core::{RestartPolicy, VmmEnd};
+use clawpot_core::{DiskSource, ExtraDisk, RestartPolicy, VmmEnd};
 use clawpot_testkit::{Boot, Shutdown, samples};
-use clawpot_types::{MiB, Millis};
+use clawpot_types::{MiB, Millis, VolumeName};
 
 use crate::chance::Chance;
 
 /// Names that clients choose from, so that they clash.
 const NAMES: u64 = 12;
+/// Likewise of volumes; the host's disk has room for all.
+const VOLUME_NAMES: u64 = 6;
+/// The place of operations on volumes among the weights.
+const VOLUMES: usize = 23;
 
 /// Which VM is meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,12 +72,27 @@ pub enum Operation {
     /// Somebody puts a process into a machine's group, or moves its own out of it.
     Intrude(u64, bool),
     IntrudersLeave,
+    Volume(u64, VolumeVerb),
+}
+
+/// What is asked of a volume by its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VolumeVerb {
+    Create,
+    /// To so many MiB, which may be fewer than it has.
+    Resize(u64),
+    /// To another one's name.
+    Copy(u64),
+    Check,
+    Repair,
+    Delete,
+    Read,
 }
 
 /// Which operations a run has, and how often.
 #[derive(Clone, Debug)]
 pub struct Mixture {
-    weights: [u64; 23],
+    weights: [u64; 24],
     /// Longest gap between two operations.
     gap: Duration,
     requests: u64,
@@ -83,9 +102,9 @@ impl Mixture {
     /// Some kinds are left out of each run. `calm`: nothing befalls host and guests.
     #[must_use]
     pub fn drawn(chance: &mut Chance, calm: bool) -> Self {
-        let mut weights = [30, 12, 12, 14, 24, 6, 4, 6, 4, 5, 4, 2, 1, 3, 1, 1, 2, 1, 3, 2, 2, 6, 3];
+        let mut weights = [30, 12, 12, 14, 24, 6, 4, 6, 4, 5, 4, 2, 1, 3, 1, 1, 2, 1, 3, 2, 2, 6, 3, 14];
         for (index, weight) in weights.iter_mut().enumerate() {
-            let befalls = index >= 9;
+            let befalls = (9..VOLUMES).contains(&index);
             if (befalls && calm) || (index > 0 && index != 3 && chance.one_in(5)) {
                 *weight = 0;
             } else if chance.one_in(6) {
@@ -131,7 +150,8 @@ impl Mixture {
             19 => Operation::Shutdowns(shutdown(chance)),
             20 => Operation::Force(target(chance)),
             21 => Operation::Intrude(chance.draw(), chance.one_in(2)),
-            _ => Operation::IntrudersLeave,
+            22 => Operation::IntrudersLeave,
+            _ => volume(chance),
         }
     }
 
@@ -158,6 +178,14 @@ pub fn body(request: u64, altered: bool) -> CreateVm {
         1 if !remove_when_done => RestartPolicy::Always,
         _ => RestartPolicy::Never,
     };
+    // Of one in three, so that those without do not become rare: a volume that is not there makes no VM.
+    if chance.one_in(3) {
+        let first = chance.below(VOLUME_NAMES);
+        spec.extra_disks.extend(wanted(first, chance.one_in(2)));
+        if chance.one_in(3) {
+            spec.extra_disks.extend(wanted((first + 1) % VOLUME_NAMES, chance.one_in(2)));
+        }
+    }
     let ttl = if chance.one_in(6) { life(&mut chance).map(Millis) } else { None };
     CreateVm { name, labels: BTreeMap::new(), spec, ttl, restart, remove_when_done }
 }
@@ -165,6 +193,32 @@ pub fn body(request: u64, altered: bool) -> CreateVm {
 fn life(chance: &mut Chance) -> Option<u64> {
     let most = *chance.pick(&[0, 1_000, 60_000, 100_000_000]).unwrap_or(&0);
     (most > 0).then(|| chance.between(1, most))
+}
+
+/// The name of a volume.
+#[must_use]
+pub fn volume_name(number: u64) -> Option<VolumeName> {
+    format!("volume-{number}").parse().ok()
+}
+
+fn wanted(number: u64, read_only: bool) -> Option<ExtraDisk> {
+    let name = volume_name(number)?;
+    let mount = format!("/srv/{name}").parse().ok();
+    Some(ExtraDisk { source: DiskSource::Volume(name), read_only, mount })
+}
+
+fn volume(chance: &mut Chance) -> Operation {
+    let number = chance.below(VOLUME_NAMES);
+    let verb = match chance.weighted(&[8, 3, 4, 2, 1, 3, 2]) {
+        0 => VolumeVerb::Create,
+        1 => VolumeVerb::Resize(chance.between(512, 4096)),
+        2 => VolumeVerb::Copy(chance.below(VOLUME_NAMES)),
+        3 => VolumeVerb::Check,
+        4 => VolumeVerb::Repair,
+        5 => VolumeVerb::Delete,
+        _ => VolumeVerb::Read,
+    };
+    Operation::Volume(number, verb)
 }
 
 fn target(chance: &mut Chance) -> Target {

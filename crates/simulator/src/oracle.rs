@@ -14,6 +14,7 @@ use clawpot_types::{Revision, VmId};
 use tokio::time::Instant;
 
 use crate::trace::{Thing, Trace};
+use crate::volumes::Ledger;
 use crate::weather::{Commit, Weather};
 
 /// A delete is acted on within this, where nothing goes wrong meanwhile (DESIGN §4).
@@ -48,6 +49,7 @@ struct State {
     broken: Vec<String>,
     /// MiB that VMs may hold in all.
     memory: u64,
+    volumes: Ledger,
 }
 
 impl std::fmt::Debug for Oracle {
@@ -108,6 +110,17 @@ impl Oracle {
         self.lock().quarantined
     }
 
+    #[must_use]
+    pub fn volumes(&self) -> Vec<clawpot_core::volume::VolumeRecord> {
+        self.lock().volumes.records()
+    }
+
+    /// How many there ever were.
+    #[must_use]
+    pub fn volumes_made(&self) -> u64 {
+        self.lock().volumes.made
+    }
+
     /// A client was told that its create made `vm`.
     pub fn created(&self, request: &str, vm: &VmId) {
         let state = self.lock();
@@ -145,7 +158,8 @@ impl Oracle {
             Op::Delete { .. } => None,
         });
         let before = key.and_then(|id| self.lock().vms.get(&id.parse().ok()?).map(|seen| seen.record.clone()));
-        self.weather.comes(Commit::of(txn, before.as_ref()));
+        let commit = Commit::of(txn, before.as_ref()).or_else(|| Commit::of_volume(txn));
+        self.weather.comes(commit);
     }
 
     /// The store has made this commit.
@@ -158,6 +172,7 @@ impl Oracle {
                 wrong.push(format!("revision {revision} follows {}", state.revision));
             }
             state.revision = revision.0;
+            wrong.extend(state.volumes.committed(txn, &self.host));
             for op in &txn.ops {
                 match op {
                     Op::Put { key, value } if key.starts_with("vms/") => match VmRecord::decode(value) {
@@ -332,7 +347,7 @@ impl State {
 
 /// Whether an event of this kind is committed with the change.
 fn told(txn: &Txn, id: &VmId, kind: &str) -> bool {
-    txn.events.iter().any(|event| event.vm == *id && event.kind == kind)
+    txn.events.iter().any(|event| event.about.is_vm(id) && event.kind == kind)
 }
 
 /// What must not change so.
@@ -345,8 +360,9 @@ fn change(before: &VmRecord, after: &VmRecord) -> Option<String> {
         return Some(format!("its delete was undone: it is wanted {:?}", after.desired));
     }
     // A VM that ended by itself is wanted no more; nobody's word changed.
-    let gave_up =
-        edge && after.phase == Phase::Stopping && after.desired == Desired::Stopped && after.exit != before.exit;
+    // How it ended may have been known before, as where it was quarantined meanwhile.
+    let ended = after.exit.as_ref().is_some_and(|exit| exit.incarnation == after.incarnation);
+    let gave_up = edge && after.phase == Phase::Stopping && after.desired == Desired::Stopped && ended;
     let unasked = after.desired != before.desired && after.generation == before.generation;
     if after.generation < before.generation || (unasked && !gave_up) {
         let intents = format!("{:?} → {:?}", before.desired, after.desired);

@@ -1,4 +1,4 @@
-//! Three bugs, to see that they are found. They are in the ports' wrappers: no code of the product knows them.
+//! Some bugs, to see that they are found. They are in the ports' wrappers: no code of the product knows them.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use clawpot_core::ports::{
-    BootFiles, Capabilities, GuestEndpoint, ImageDetail, ImageInfo, Images, Machine, Net, Seat, UnreadableImage, Vmm,
+    BootFiles, BoxStream, Capabilities, Change, Check, Copied, Entry, GuestEndpoint, ImageDetail, ImageInfo, Images,
+    Listing, Machine, Net, Seat, StateStore, Txn, TxnOutcome, UnreadableImage, Vmm, VolumeFile, Volumes,
 };
+use clawpot_core::volume::VolumeRecord;
 use clawpot_core::{Fact, ImagePin, MachineId, VmmFact};
-use clawpot_types::{ImageRef, MiB, Result, Slot, VmId};
+use clawpot_types::{ImageRef, MiB, Result, Revision, Slot, VmId, VolumeId};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Planted {
@@ -19,23 +21,37 @@ pub enum Planted {
     SlotTwice,
     /// Nobody is woken when a VMM ends by itself.
     LostWakeUp,
+    /// Who writes to a volume looks like one who reads.
+    WriterUnseen,
+    /// A volume's file is said to be removed, and stays.
+    FileKept,
+}
+
+/// What a daemon is made of, as far as a bug may be in it.
+pub(crate) struct Ports {
+    pub(crate) vmm: Arc<dyn Vmm>,
+    pub(crate) net: Arc<dyn Net>,
+    pub(crate) images: Arc<dyn Images>,
+    pub(crate) volumes: Arc<dyn Volumes>,
+    pub(crate) store: Arc<dyn StateStore>,
 }
 
 impl Planted {
-    pub const ALL: [Self; 3] = [Self::SkippedUndo, Self::SlotTwice, Self::LostWakeUp];
+    pub const ALL: [Self; 5] =
+        [Self::SkippedUndo, Self::SlotTwice, Self::LostWakeUp, Self::WriterUnseen, Self::FileKept];
 
     #[must_use]
-    pub(crate) fn into_ports(
-        self,
-        vmm: Arc<dyn Vmm>,
-        net: Arc<dyn Net>,
-        images: Arc<dyn Images>,
-    ) -> (Arc<dyn Vmm>, Arc<dyn Net>, Arc<dyn Images>) {
+    pub(crate) fn into_ports(self, mut ports: Ports) -> Ports {
         match self {
-            Self::SkippedUndo => (vmm, net, Arc::new(Forgetful { images, forgotten: Mutex::default() })),
-            Self::SlotTwice => (vmm, Arc::new(Doubled(net)), images),
-            Self::LostWakeUp => (Arc::new(Deaf(vmm)), net, images),
+            Self::SkippedUndo => {
+                ports.images = Arc::new(Forgetful { images: ports.images, forgotten: Mutex::default() });
+            }
+            Self::SlotTwice => ports.net = Arc::new(Doubled(ports.net)),
+            Self::LostWakeUp => ports.vmm = Arc::new(Deaf(ports.vmm)),
+            Self::WriterUnseen => ports.store = Arc::new(Unseeing(ports.store)),
+            Self::FileKept => ports.volumes = Arc::new(Keeping(ports.volumes)),
         }
+        ports
     }
 }
 
@@ -170,6 +186,74 @@ impl Vmm for Deaf {
     }
 
     async fn list(&self) -> Result<Vec<MachineId>> {
+        self.0.list().await
+    }
+}
+
+struct Unseeing(Arc<dyn StateStore>);
+
+#[async_trait]
+impl StateStore for Unseeing {
+    async fn get(&self, key: &str) -> Result<Option<Entry>> {
+        let mut found = self.0.get(key).await?;
+        if let Some(entry) = found.as_mut().filter(|_| key.starts_with("volumes/")) {
+            let mut record = VolumeRecord::decode(&entry.value)?;
+            record.attached.values_mut().for_each(|lease| lease.read_only = true);
+            entry.value = record.encode()?;
+        }
+        Ok(found)
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Listing> {
+        self.0.list(prefix).await
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<TxnOutcome> {
+        self.0.txn(txn).await
+    }
+
+    async fn watch(&self, prefix: &str, from: Revision) -> Result<BoxStream<Result<Change>>> {
+        self.0.watch(prefix, from).await
+    }
+
+    fn epoch(&self) -> u64 {
+        self.0.epoch()
+    }
+}
+
+struct Keeping(Arc<dyn Volumes>);
+
+#[async_trait]
+impl Volumes for Keeping {
+    fn path(&self, id: &VolumeId) -> PathBuf {
+        self.0.path(id)
+    }
+
+    async fn look(&self, id: &VolumeId) -> Result<Option<VolumeFile>> {
+        self.0.look(id).await
+    }
+
+    async fn create(&self, id: &VolumeId, size: MiB) -> Result<()> {
+        self.0.create(id, size).await
+    }
+
+    async fn copy(&self, from: &VolumeId, to: &VolumeId) -> Result<Copied> {
+        self.0.copy(from, to).await
+    }
+
+    async fn check(&self, id: &VolumeId, how: Check) -> Result<String> {
+        self.0.check(id, how).await
+    }
+
+    async fn grow(&self, id: &VolumeId, size: MiB) -> Result<()> {
+        self.0.grow(id, size).await
+    }
+
+    async fn remove(&self, _id: &VolumeId) -> Result<()> {
+        Ok(())
+    }
+
+    async fn list(&self) -> Result<Vec<VolumeId>> {
         self.0.list().await
     }
 }

@@ -17,7 +17,7 @@ use crate::planted::Planted;
 use crate::trace::{Thing, Trace};
 use crate::weather::{Climate, Commit, Failpoint};
 use crate::world::World;
-use crate::{check, client};
+use crate::{check, client, volumes};
 
 /// Operations between two looks.
 const ROUND: u64 = 60;
@@ -54,6 +54,8 @@ pub struct Report {
     pub crashes: u64,
     /// VMs that there were.
     pub vms: u64,
+    /// Volumes that there were.
+    pub volumes: u64,
     pub reached: BTreeMap<(Method, Failpoint), u64>,
     pub reached_commits: BTreeMap<(Commit, Failpoint), u64>,
     /// Deletes that were held to their time: nothing went wrong meanwhile.
@@ -114,6 +116,7 @@ async fn simulate(setup: &Setup) -> Report {
         calls: world.weather.calls(),
         crashes: world.crashes.load(Ordering::SeqCst),
         vms: u64::try_from(world.oracle.known().len()).unwrap_or(0),
+        volumes: world.oracle.volumes_made(),
         reached: world.weather.reached(),
         reached_commits: world.weather.reached_commits(),
         deletes_checked: world.oracle.deletes_checked(),
@@ -180,7 +183,8 @@ impl Run {
         check::settle(&self.world).await?;
         self.verdict()?;
         let daemon = self.world.daemon().await;
-        check::truth(&self.world, &daemon.service).into_iter().next().map_or(Ok(()), Err)
+        check::truth(&self.world, &daemon.service).into_iter().next().map_or(Ok(()), Err)?;
+        volumes::counted(&self.world, &daemon.service).await
     }
 
     /// Whoever failed or was stopped can be started, and every guest runs a command.
@@ -239,6 +243,15 @@ impl Run {
             }
         }
         self.rest().await?;
+        // They outlived all of them.
+        for record in self.world.oracle.volumes() {
+            let name = record.name;
+            let asked = name.clone();
+            if let Some(Err(error)) = self.world.ask(async |service| service.delete_volume(asked, "uid=0").await).await
+            {
+                return Err(format!("volume {name} cannot be removed: {}", error.chain()));
+            }
+        }
         // Longer than strays are left alone.
         tokio::time::sleep(Duration::from_secs(60)).await;
         self.verdict()?;

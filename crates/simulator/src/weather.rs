@@ -66,10 +66,18 @@ pub enum Commit {
     RestartBegun,
     Quarantine,
     Release,
+    /// A volume is going to be made.
+    VolumeBegun,
+    /// Something is going to be done to it.
+    VolumeHeld,
+    /// It is done.
+    VolumeReady,
+    VolumeDoomed,
+    VolumeGone,
 }
 
 impl Commit {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 13] = [
         Self::Create,
         Self::Start,
         Self::Life,
@@ -78,7 +86,25 @@ impl Commit {
         Self::RestartBegun,
         Self::Quarantine,
         Self::Release,
+        Self::VolumeBegun,
+        Self::VolumeHeld,
+        Self::VolumeReady,
+        Self::VolumeDoomed,
+        Self::VolumeGone,
     ];
+
+    /// What `txn` is if it is a volume's own. Its event tells.
+    #[must_use]
+    pub fn of_volume(txn: &Txn) -> Option<Self> {
+        txn.events.iter().find_map(|event| match event.kind {
+            "volume.create" | "volume.copy" => Some(Self::VolumeBegun),
+            "volume.resize" | "volume.check" => Some(Self::VolumeHeld),
+            "volume.ready" => Some(Self::VolumeReady),
+            "volume.delete" => Some(Self::VolumeDoomed),
+            "volume.gone" => Some(Self::VolumeGone),
+            _ => None,
+        })
+    }
 
     /// What `txn` is; `before`: its VM's record as it is.
     #[must_use]

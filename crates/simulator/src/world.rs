@@ -7,7 +7,6 @@ use std::time::Duration;
 use clawpot_control::{Deps, Service, Settings, Vmms, start};
 use clawpot_core::VmmKind;
 use clawpot_core::admission::Room;
-use clawpot_core::ports::{Images, Net, Vmm};
 use clawpot_testkit::{
     Boot, FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeVmm, FakeVolumes,
     Faults, Shutdown, samples,
@@ -18,7 +17,7 @@ use tokio::sync::Notify;
 use crate::chance::Chance;
 use crate::disk::{Disk, SimStore};
 use crate::oracle::Oracle;
-use crate::planted::Planted;
+use crate::planted::{Planted, Ports};
 use crate::trace::{Thing, Trace};
 use crate::weather::{Climate, Weather};
 
@@ -98,23 +97,28 @@ impl World {
     }
 
     fn deps(&self) -> Result<Deps> {
-        let mut vmm: Arc<dyn Vmm> = Arc::new(FakeVmm::new(&self.host));
-        let mut net: Arc<dyn Net> = Arc::new(FakeNet::new(&self.host));
-        let mut images: Arc<dyn Images> = Arc::new(FakeImages::new(&self.host));
-        if let Some(planted) = self.planted {
-            (vmm, net, images) = planted.into_ports(vmm, net, images);
-        }
         let store = Arc::new(SimStore {
             disk: self.disk.clone(),
             line: self.faults.line(),
             oracle: Arc::clone(&self.oracle),
             full: Arc::clone(&self.full),
         });
-        Ok(Deps {
+        let mut ports = Ports {
+            vmm: Arc::new(FakeVmm::new(&self.host)),
+            net: Arc::new(FakeNet::new(&self.host)),
+            images: Arc::new(FakeImages::new(&self.host)),
+            volumes: FakeVolumes::new(&self.host),
             store: store.clone(),
+        };
+        if let Some(planted) = self.planted {
+            ports = planted.into_ports(ports);
+        }
+        let Ports { vmm, net, images, volumes, store: state } = ports;
+        Ok(Deps {
+            store: state,
             events: store,
             images,
-            volumes: FakeVolumes::new(),
+            volumes,
             net,
             vmms: Vmms::new(VmmKind::Qemu, [vmm])?,
             console: Arc::new(FakeConsole::new(&self.host)),

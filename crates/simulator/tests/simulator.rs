@@ -48,6 +48,16 @@ fn a_slot_handed_out_twice_is_found() {
 }
 
 #[test]
+fn a_writer_that_is_not_seen_is_found() {
+    found(Planted::WriterUnseen, &["share the volume", "hold changed", "write to it"]);
+}
+
+#[test]
+fn a_file_that_is_kept_is_found() {
+    found(Planted::FileKept, &["its file", "is nobody's"]);
+}
+
+#[test]
 fn a_lost_wake_up_is_found() {
     found(Planted::LostWakeUp, &["its VMM does not live", "wait for ever"]);
 }

@@ -132,9 +132,9 @@ impl<'a> Batch<'a> {
 
     fn append(&mut self, draft: &Draft) -> Result<()> {
         let event = draft.committed(Revision(self.revision));
-        let what = || format!("event log: writing {} of VM {}", event.kind, event.vm);
+        let what = || format!("event log: writing {} of {}", event.kind, event.about);
         let body = serde_json::to_string(&event).map_err(|error| Error::new(Kind::Internal, what()).because(error))?;
-        let row = (to_sql(event.id.0)?, event.vm.as_str(), &event.kind, to_sql(event.time.0)?, body);
+        let row = (to_sql(event.id.0)?, event.about.id(), &event.kind, to_sql(event.time.0)?, body);
         self.conn
             .prepare_cached("INSERT INTO events (id, vm, kind, time, body) VALUES (?1, ?2, ?3, ?4, ?5)")
             .and_then(|mut statement| statement.execute(row))

@@ -1,6 +1,6 @@
 //! Reading rows. What cannot be read is told, never skipped.
 
-use clawpot_core::event::Event;
+use clawpot_core::event::{About, Event};
 use clawpot_core::ports::{Change, Entry, Listing, Unreadable};
 use clawpot_types::{Error, Incarnation, Kind, Result, Revision, Timestamp, VmId};
 use rusqlite::types::ValueRef;
@@ -197,13 +197,16 @@ fn event(row: &Row<'_>) -> Result<Event> {
 fn unreadable_event(row: &Row<'_>, why: &str) -> Result<Event> {
     let column = |error| sql("event log: reading", error);
     let (id, time): (i64, i64) = (row.get(1).map_err(column)?, row.get(4).map_err(column)?);
-    let (vm, kind): (String, String) = (row.get(2).map_err(column)?, row.get(3).map_err(column)?);
+    let (of, kind): (String, String) = (row.get(2).map_err(column)?, row.get(3).map_err(column)?);
+    let about = if kind.starts_with("volume.") {
+        About::Volume { volume: of.parse()?, volume_name: "unreadable".parse()? }
+    } else {
+        About::Vm { vm: of.parse()?, name: "unreadable".parse()?, incarnation: Incarnation(0) }
+    };
     Ok(Event {
         id: Revision(from_sql(id)?),
         time: Timestamp(from_sql(time)?),
-        vm: vm.parse()?,
-        name: "unreadable".parse()?,
-        incarnation: Incarnation(0),
+        about,
         kind,
         message: format!("this event cannot be read: {why}"),
         actor: "server".to_owned(),

@@ -203,7 +203,7 @@ impl EventLog for SqliteStore {
             let mut topic = self.hub.events();
             check_reach(after, topic.floor(), u64::MAX)?;
             let live = topic.subscribe(self.options.watcher_backlog, move |(_, event): &Written| {
-                event.id > after && wanted.as_ref().is_none_or(|vm| event.vm == *vm)
+                event.id > after && wanted.as_ref().is_none_or(|vm| event.about.is_vm(vm))
             });
             (live, topic.position())
         };
@@ -242,8 +242,8 @@ fn check_reach(from: Revision, floor: u64, position: u64) -> Result<()> {
 /// Keys and values as the port promises them; each key, and each kind of event of a VM, at most once.
 fn check(txn: &Txn) -> Result<()> {
     let mut told = BTreeSet::new();
-    if let Some(twice) = txn.events.iter().find(|event| !told.insert((&event.vm, event.kind))) {
-        let text = format!("state store: event {} of VM {} twice in one transaction", twice.kind, twice.vm);
+    if let Some(twice) = txn.events.iter().find(|event| !told.insert((event.about.id(), event.kind))) {
+        let text = format!("state store: event {} of {} twice in one transaction", twice.kind, twice.about);
         return Err(Error::new(Kind::InvalidArgument, text));
     }
     let mut seen = BTreeSet::new();

@@ -41,10 +41,17 @@ pub enum Method {
     EventsList,
     RoomLook,
     EventsWatch,
+    VolumesLook,
+    VolumesCreate,
+    VolumesCopy,
+    VolumesCheck,
+    VolumesGrow,
+    VolumesRemove,
+    VolumesList,
 }
 
 impl Method {
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 38] = [
         Self::ImagesResolve,
         Self::ImagesLook,
         Self::ImagesEnsure,
@@ -76,6 +83,13 @@ impl Method {
         Self::EventsList,
         Self::EventsWatch,
         Self::RoomLook,
+        Self::VolumesLook,
+        Self::VolumesCreate,
+        Self::VolumesCopy,
+        Self::VolumesCheck,
+        Self::VolumesGrow,
+        Self::VolumesRemove,
+        Self::VolumesList,
     ];
 
     /// The steps of a VM's life on the host, each of which can fail or be the last before a crash.
@@ -117,6 +131,11 @@ impl Method {
                 | Self::GuestHello
                 | Self::GuestShutdown
                 | Self::StoreTxn
+                | Self::VolumesCreate
+                | Self::VolumesCopy
+                | Self::VolumesCheck
+                | Self::VolumesGrow
+                | Self::VolumesRemove
         )
     }
 }

@@ -2,16 +2,18 @@
 //! what is left behind.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use clawpot_core::admission::{Footprint, Room};
 use clawpot_core::{MachineId, VmmEnd};
-use clawpot_types::{Digest, ExecId, MiB, Slot, VmId};
+use clawpot_types::{Digest, ExecId, MiB, Slot, VmId, VolumeId};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::faults::Faults;
+use crate::volumes::FakeFile;
 
 /// What a VMM does after it was started.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +54,7 @@ pub(crate) struct Inventory {
     /// By name; whether its files were verified since the host's start.
     pub(crate) images: BTreeMap<String, (Digest, bool)>,
     pub(crate) disks: BTreeMap<VmId, Disk>,
+    pub(crate) volumes: BTreeMap<VolumeId, FakeFile>,
     /// Slots with a netns, tap and rules.
     pub(crate) slots: BTreeSet<Slot>,
     pub(crate) machines: BTreeMap<MachineId, FakeMachine>,
@@ -73,6 +76,8 @@ pub(crate) struct Disk {
 #[derive(Debug)]
 pub(crate) struct FakeMachine {
     pub(crate) slot: Slot,
+    /// Its extra disks' files, and whether each is only read.
+    pub(crate) disks: Vec<(PathBuf, bool)>,
     pub(crate) process: FakeProcess,
     pub(crate) execs: BTreeMap<ExecId, FakeExec>,
     /// Somebody else's process is in its group.
@@ -130,6 +135,7 @@ impl FakeHost {
             slot_count,
             images: BTreeMap::from([("debian".to_owned(), (Digest::from_sha256(&[0xde; 32]), false))]),
             disks: BTreeMap::new(),
+            volumes: BTreeMap::new(),
             slots: BTreeSet::new(),
             machines: BTreeMap::new(),
             consoles: BTreeMap::new(),
@@ -235,6 +241,9 @@ impl FakeHost {
     fn end_vmm(&self, vm: &VmId, how: &VmmEnd, last_words: Option<&str>) -> bool {
         self.change(|inventory| {
             let mut killed = false;
+            if last_words.is_some_and(|words| words.contains("Restarting system")) {
+                inventory.unmounted(vm);
+            }
             for (id, machine) in &mut inventory.machines {
                 if id.vm == *vm && matches!(machine.process, FakeProcess::Lives { .. }) {
                     machine.process = FakeProcess::Exited(how.clone());
@@ -298,6 +307,17 @@ impl FakeHost {
     #[must_use]
     pub fn slots(&self) -> BTreeSet<Slot> {
         self.lock().slots.clone()
+    }
+
+    /// The files of volumes. No VM's: they are not left behind.
+    #[must_use]
+    pub fn volume_files(&self) -> BTreeMap<VolumeId, FakeFile> {
+        self.lock().volumes.clone()
+    }
+
+    /// A file that no record knows, or that a guest has left so.
+    pub fn put_volume(&self, id: VolumeId, file: FakeFile) {
+        self.change(|inventory| inventory.volumes.insert(id, file));
     }
 
     /// Everything that exists for some VM, one line each. Empty after the last VM was deleted, or something leaks.
@@ -365,7 +385,27 @@ impl Inventory {
         self.violations.push(what);
     }
 
+    /// A guest of `vm` goes down in order.
+    fn unmounted(&mut self, vm: &VmId) {
+        for (_, machine) in self.machines.iter().filter(|(id, _)| id.vm == *vm) {
+            if matches!(machine.process, FakeProcess::Lives { .. }) {
+                let written = machine.disks.iter().filter(|(_, read_only)| !read_only);
+                let written: Vec<_> = written.map(|(file, _)| file).collect();
+                for (id, file) in &mut self.volumes {
+                    file.clean |= written.contains(&&crate::volumes::path(id));
+                }
+            }
+        }
+    }
+
     fn settle(&mut self, now: Instant) {
+        let over = |machine: &FakeMachine| match &machine.process {
+            FakeProcess::Lives { ends: Some((at, VmmEnd::Code(0))), .. } => *at <= now,
+            _ => false,
+        };
+        let over: Vec<VmId> =
+            self.machines.iter().filter(|(_, machine)| over(machine)).map(|(id, _)| id.vm.clone()).collect();
+        over.iter().for_each(|vm| self.unmounted(vm));
         for (id, machine) in &mut self.machines {
             if let FakeProcess::Lives { ends: Some((at, how)), .. } = &machine.process
                 && *at <= now

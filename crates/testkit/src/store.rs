@@ -240,8 +240,8 @@ fn check(txn: &Txn) -> Result<()> {
         }
     }
     let mut told = BTreeSet::new();
-    if let Some(twice) = txn.events.iter().find(|event| !told.insert((&event.vm, event.kind))) {
-        return refused(format!("fake store: event {} of VM {} twice in one transaction", twice.kind, twice.vm));
+    if let Some(twice) = txn.events.iter().find(|event| !told.insert((event.about.id(), event.kind))) {
+        return refused(format!("fake store: event {} of {} twice in one transaction", twice.kind, twice.about));
     }
     for op in &txn.ops {
         if let Op::Put { key, value } = op
@@ -362,7 +362,7 @@ impl EventLog for FakeStore {
             let first = state.events.partition_point(|(number, _)| *number <= *seen);
             for (number, event) in state.events.range(first..) {
                 *seen = *number;
-                if event.id > after && vm.as_ref().is_none_or(|vm| event.vm == *vm) {
+                if event.id > after && vm.as_ref().is_none_or(|vm| event.about.is_vm(vm)) {
                     return Some(Ok(event.clone()));
                 }
             }
@@ -374,7 +374,7 @@ impl EventLog for FakeStore {
 
 fn matching<'a>(state: &'a State, vm: Option<&'a VmId>, after: Revision) -> impl Iterator<Item = &'a Event> {
     let events = state.events.iter().map(|(_, event)| event);
-    events.filter(move |event| event.id > after && vm.is_none_or(|vm| event.vm == *vm))
+    events.filter(move |event| event.id > after && vm.is_none_or(|vm| event.about.is_vm(vm)))
 }
 
 fn reach(from: Revision, floor: u64, position: u64) -> Result<()> {

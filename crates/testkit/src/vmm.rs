@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use crate::faults::{Line, Method};
 use crate::host::{Boot, FakeHost, FakeMachine, FakeProcess, Inventory};
+use crate::volumes;
 
 /// One per "daemon": what is attached is lost with it.
 #[derive(Debug)]
@@ -170,8 +171,10 @@ fn prepare(inventory: &mut Inventory, machine: &Machine) -> Result<()> {
         let what = format!("machines {other} and {id} share slot {slot}");
         inventory.violation(what);
     }
+    share_no_disk(inventory, machine);
     let new = || FakeMachine {
         slot,
+        disks: machine.extra_disks.iter().map(|disk| (disk.file.clone(), disk.read_only)).collect(),
         process: FakeProcess::NotStarted,
         execs: BTreeMap::new(),
         stranger: false,
@@ -179,6 +182,44 @@ fn prepare(inventory: &mut Inventory, machine: &Machine) -> Result<()> {
     };
     inventory.machines.entry(id.clone()).or_insert_with(new);
     Ok(())
+}
+
+/// Extra disks are there, and no other machine has one of which either may write.
+fn share_no_disk(inventory: &mut Inventory, machine: &Machine) {
+    for disk in &machine.extra_disks {
+        let id = &machine.id;
+        // Others are the caller's: a build's.
+        let volume = disk.file.starts_with(volumes::DIR);
+        if volume && !inventory.volumes.keys().any(|volume| volumes::path(volume) == disk.file) {
+            inventory.violation(format!("machine {id} was prepared without {}", disk.file.display()));
+        }
+        let other = inventory.machines.iter().find(|(other, held)| {
+            let clashes = |(file, read_only): &(_, bool)| *file == disk.file && !(*read_only && disk.read_only);
+            *other != id && held.disks.iter().any(clashes)
+        });
+        if let Some((other, _)) = other {
+            let what = format!("machines {other} and {id} share the volume {}", disk.file.display());
+            inventory.violation(what);
+        }
+    }
+}
+
+/// What its guest gets was unmounted in order or checked; what it may write to is in use from here on.
+fn mount(inventory: &mut Inventory, id: &MachineId) {
+    let disks = inventory.machines.get(id).map(|machine| machine.disks.clone()).unwrap_or_default();
+    let mut unclean = Vec::new();
+    for (volume, file) in &mut inventory.volumes {
+        let path = volumes::path(volume);
+        if let Some((_, read_only)) = disks.iter().find(|(file, _)| *file == path) {
+            if !file.clean {
+                unclean.push(volume.clone());
+            }
+            file.clean &= *read_only;
+        }
+    }
+    for volume in unclean {
+        inventory.violation(format!("machine {id} was started on volume {volume}, which was not unmounted in order"));
+    }
 }
 
 fn start(inventory: &mut Inventory, id: &MachineId) -> Result<()> {
@@ -210,6 +251,7 @@ fn start(inventory: &mut Inventory, id: &MachineId) -> Result<()> {
         .entry(id.vm.clone())
         .or_default()
         .extend([format!("{}{} ---", LastWords::BOOT, id.incarnation), format!("[fake] machine {id} boots")]);
+    mount(inventory, id);
     if let Some(machine) = inventory.machines.get_mut(id) {
         machine.process = FakeProcess::Lives { ready_at, ends };
     }

@@ -1,5 +1,6 @@
 //! `clawpot volume`: one file per verb.
 
+mod check;
 mod cp;
 mod create;
 mod inspect;
@@ -35,6 +36,7 @@ enum Verb {
     Inspect(inspect::Args),
     Cp(cp::Args),
     Resize(resize::Args),
+    Check(check::Args),
     Rm(rm::Args),
 }
 
@@ -45,6 +47,7 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
         Verb::Inspect(args) => inspect::run(global, args).await,
         Verb::Cp(args) => cp::run(global, args).await,
         Verb::Resize(args) => resize::run(global, args).await,
+        Verb::Check(args) => check::run(global, args).await,
         Verb::Rm(args) => rm::run(global, args).await,
     }
 }

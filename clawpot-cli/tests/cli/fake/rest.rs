@@ -180,6 +180,7 @@ pub fn event(id: u64, message: &str) -> Event {
         kind: "vm.phase".into(),
         message: message.into(),
         actor: "server".into(),
+        ..Event::default()
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use clawpot_core::event::Draft;
+use clawpot_core::event::{About, Draft};
 use clawpot_types::{Error, Incarnation, Kind, Result, Revision, VmId};
 
 use super::Service;
@@ -39,9 +39,7 @@ impl Service {
         let name = self.records.name_of(id).map_or_else(|| format!("vm-{id}").parse(), Ok)?;
         Ok(Draft {
             time: self.deps.clock.now(),
-            vm: id.clone(),
-            name,
-            incarnation: Incarnation(0),
+            about: About::Vm { vm: id.clone(), name, incarnation: Incarnation(0) },
             kind: "vm.gone",
             message: "quarantined, and given up by force".to_owned(),
             actor: actor.to_owned(),

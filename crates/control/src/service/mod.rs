@@ -17,10 +17,10 @@ pub mod volume;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use clawpot_core::event::Draft;
+use clawpot_core::event::{About, Draft};
 use clawpot_core::slot::next_free;
 use clawpot_core::{Quarantine, VmRecord};
-use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId, VolumeId};
+use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId, VolumeId, VolumeName};
 use tokio::sync::watch;
 use tracing::warn;
 
@@ -47,6 +47,9 @@ struct Shared {
     ledger: Arc<admit::Ledger>,
     /// Sizes of all volumes, MiB, those being made too: part of what is promised.
     volumes: Mutex<BTreeMap<VolumeId, u64>>,
+    turns: Arc<volume::Turns>,
+    /// Volumes that may not be as their records say, or of which a record may say what is over.
+    volumes_in_doubt: Mutex<BTreeSet<VolumeName>>,
     /// VMs of which the store did not say whether a change was done.
     in_doubt: Mutex<BTreeSet<VmId>>,
     leaving: watch::Sender<bool>,
@@ -62,6 +65,8 @@ impl Service {
             in_doubt: Mutex::default(),
             ledger: Arc::default(),
             volumes: Mutex::default(),
+            turns: Arc::default(),
+            volumes_in_doubt: Mutex::default(),
             leaving: watch::channel(false).0,
             tasks: Mutex::new(Vec::new()),
         };
@@ -148,6 +153,14 @@ impl Service {
         self.shared.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn turns(&self) -> &Arc<volume::Turns> {
+        &self.shared.turns
+    }
+
+    fn volumes_in_doubt(&self) -> std::sync::MutexGuard<'_, BTreeSet<VolumeName>> {
+        self.shared.volumes_in_doubt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn in_doubt(&self) -> std::sync::MutexGuard<'_, BTreeSet<VmId>> {
         self.shared.in_doubt.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -209,9 +222,7 @@ pub(crate) async fn to_its_end<T: Send + 'static>(work: impl Future<Output = Res
 pub(crate) fn event(deps: &Deps, record: &VmRecord, kind: &'static str, message: String, actor: &str) -> Draft {
     Draft {
         time: deps.clock.now(),
-        vm: record.id.clone(),
-        name: record.name.clone(),
-        incarnation: record.incarnation,
+        about: About::Vm { vm: record.id.clone(), name: record.name.clone(), incarnation: record.incarnation },
         kind,
         message,
         actor: actor.to_owned(),

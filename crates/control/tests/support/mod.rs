@@ -27,7 +27,6 @@ pub struct House {
     pub store: Arc<FakeStore>,
     clock: Arc<FakeClock>,
     ids: Arc<FakeIds>,
-    pub volumes: Arc<FakeVolumes>,
     service: Option<Service>,
 }
 
@@ -43,7 +42,6 @@ impl House {
             store: FakeStore::new(&faults),
             clock: Arc::new(FakeClock::following_tokio()),
             ids: Arc::new(FakeIds::seeded(1)),
-            volumes: FakeVolumes::new(),
             faults,
             service: None,
         };
@@ -70,7 +68,7 @@ impl House {
             store: self.store.clone(),
             events: self.store.clone(),
             images: Arc::new(FakeImages::new(&self.host)),
-            volumes: self.volumes.clone(),
+            volumes: FakeVolumes::new(&self.host),
             net: Arc::new(FakeNet::new(&self.host)),
             vmms: Vmms::new(VmmKind::Qemu, [vmm]).unwrap(),
             console: Arc::new(FakeConsole::new(&self.host)),

@@ -24,7 +24,7 @@ pub use store::{
     Change, Durability, Entry, EventLog, Expect, Guard, Listing, Op, StateStore, Txn, TxnOutcome, Unreadable,
 };
 pub use vmm::{Capabilities, Console, DiskFile, Machine, Vmm};
-pub use volumes::{Copied, VolumeFile, Volumes};
+pub use volumes::{Check, Copied, VolumeFile, Volumes};
 
 use std::pin::Pin;
 

@@ -17,11 +17,12 @@ pub trait Volumes: Send + Sync {
     /// A copy of `from`, which nobody writes to meanwhile. Otherwise as [`Self::create`].
     async fn copy(&self, from: &VolumeId, to: &VolumeId) -> Result<Copied>;
 
-    /// Brings in order what an end without unmounting left behind. Nobody has it meanwhile. What was done, in a few words.
-    /// `Corrupt`: that takes more than is done without asking.
-    async fn check(&self, id: &VolumeId) -> Result<String>;
+    /// Brings its file system in order. Nobody has it meanwhile. What was done, in a few words.
+    /// `Corrupt`: that takes more than `how` allows.
+    async fn check(&self, id: &VolumeId, how: Check) -> Result<String>;
 
-    /// File and file system become `size`; again is fine. Nobody has it meanwhile.
+    /// File and file system become `size`; again is fine. Nobody has it meanwhile. When it fails, the file has the size that it
+    /// had, or `size` where the file system may be that large already.
     async fn grow(&self, id: &VolumeId, size: MiB) -> Result<()>;
 
     /// Gone afterwards, also when it was before.
@@ -33,10 +34,22 @@ pub trait Volumes: Send + Sync {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeFile {
+    pub size: MiB,
     /// On the host's disk.
     pub used_bytes: u64,
     /// Its file system says that it was unmounted in order. A guest can say so too: this spares a check, and decides nothing else.
     pub clean: bool,
+}
+
+/// How much of a file system is looked at, and what may be done to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// Nothing of one that says it was unmounted in order; of another what is not, as far as that is safe.
+    Quick,
+    /// All of it, as far as that is safe.
+    Whole,
+    /// All of it, and whatever it takes: files may lose their names or their content.
+    Repair,
 }
 
 /// How a copy was made.

@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use clawpot_core::event::{Draft, Event};
+use clawpot_core::event::{About, Draft, Event};
 use clawpot_core::ports::{Durability, Expect, Guard, Op, StateStore, Txn, TxnOutcome};
 use clawpot_store::{Options, SqliteStore, StateLock};
 use clawpot_types::{Incarnation, Revision, Timestamp, VmId};
@@ -100,9 +100,11 @@ pub fn txn(guards: Vec<Guard>, ops: Vec<Op>) -> Txn {
 pub fn draft(n: u8) -> Draft {
     Draft {
         time: Timestamp(1_800_000_000_000_000 + u64::from(n)),
-        vm: VmId::from_random([n; VmId::LEN]),
-        name: "web".parse().unwrap(),
-        incarnation: Incarnation(1),
+        about: About::Vm {
+            vm: VmId::from_random([n; VmId::LEN]),
+            name: "web".parse().unwrap(),
+            incarnation: Incarnation(1),
+        },
         kind: "vm.phase",
         message: "running".to_owned(),
         actor: "server".to_owned(),

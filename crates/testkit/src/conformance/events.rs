@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clawpot_core::event::{Draft, EXEC, Event};
+use clawpot_core::event::{About, Draft, EXEC, Event};
 use clawpot_core::ports::{Durability, Guard, Op, Txn, TxnOutcome};
 use clawpot_types::{Error, Incarnation, Kind, Result, Revision, VmId};
 
@@ -21,9 +21,7 @@ fn vm(n: u8) -> VmId {
 fn draft(second: u64, n: u8, kind: &'static str) -> Draft {
     Draft {
         time: crate::time::START.after(Duration::from_secs(second)),
-        vm: vm(n),
-        name: "web".parse().unwrap(),
-        incarnation: Incarnation(1),
+        about: About::Vm { vm: vm(n), name: "web".parse().unwrap(), incarnation: Incarnation(1) },
         kind,
         message: format!("what happened at {second}"),
         actor: "uid=1000".to_owned(),
@@ -78,8 +76,8 @@ pub async fn an_event_is_part_of_its_transaction(make: Make) {
     assert!(matches!(late, TxnOutcome::Conflict { .. }), "{late:?}");
     let refused = txn(&subject, vec![], vec![put("b", "not JSON")], vec![draft(3, 3, "vm.create")]).await;
     assert_eq!(refused.unwrap_err().kind(), Kind::InvalidArgument);
-    let ids: Vec<_> = all(&subject).await.into_iter().map(|event| (event.id, event.vm)).collect();
-    assert_eq!(ids, [(Revision(1), vm(1))]);
+    let ids: Vec<_> = all(&subject).await.into_iter().map(|event| (event.id, event.about.id().to_owned())).collect();
+    assert_eq!(ids, [(Revision(1), vm(1).to_string())]);
     assert_eq!(subject.store.get("a").await.unwrap().unwrap().revision, Revision(1));
 }
 
