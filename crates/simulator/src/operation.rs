@@ -102,7 +102,7 @@ impl Mixture {
     /// Some kinds are left out of each run. `calm`: nothing befalls host and guests.
     #[must_use]
     pub fn drawn(chance: &mut Chance, calm: bool) -> Self {
-        let mut weights = [30, 12, 12, 14, 24, 6, 4, 6, 4, 5, 4, 2, 1, 3, 1, 1, 2, 1, 3, 2, 2, 6, 3, 14];
+        let mut weights = [30, 12, 12, 14, 24, 6, 4, 6, 4, 5, 4, 2, 1, 3, 1, 1, 2, 1, 3, 2, 2, 6, 3, 24];
         for (index, weight) in weights.iter_mut().enumerate() {
             let befalls = (9..VOLUMES).contains(&index);
             if (befalls && calm) || (index > 0 && index != 3 && chance.one_in(5)) {
@@ -209,13 +209,14 @@ fn wanted(number: u64, read_only: bool) -> Option<ExtraDisk> {
 
 fn volume(chance: &mut Chance) -> Operation {
     let number = chance.below(VOLUME_NAMES);
-    let verb = match chance.weighted(&[8, 3, 4, 2, 1, 3, 2]) {
+    let verb = match chance.weighted(&[8, 3, 8, 2, 1, 3, 2]) {
         0 => VolumeVerb::Create,
         1 => VolumeVerb::Resize(chance.between(512, 4096)),
-        2 => VolumeVerb::Copy(chance.below(VOLUME_NAMES)),
+        // Names that only copies have, so that most are made.
+        2 => VolumeVerb::Copy(chance.below(3 * VOLUME_NAMES)),
         3 => VolumeVerb::Check,
         4 => VolumeVerb::Repair,
-        5 => VolumeVerb::Delete,
+        5 => return Operation::Volume(chance.below(3 * VOLUME_NAMES), VolumeVerb::Delete),
         _ => VolumeVerb::Read,
     };
     Operation::Volume(number, verb)
