@@ -42,10 +42,10 @@ impl App {
         let store = Arc::new(SqliteStore::open(&lock, clawpot_store::Options::default())?);
         let images = LocalImages::open(&config.image_dir, &config.state_dir)?;
         let library = images.library(&unpacker()?, config.image_room);
-        let bench = Bench::open(library.clone(), &unpacker()?, &config.state_dir)?;
         let volumes = LocalVolumes::open(&config.state_dir, &unpacker()?)?;
         let consoles = Consoles::new(&config.state_dir);
         let vmms::Chosen { vmms, reason } = vmms::choose(config, &instance, &images, &consoles).await?;
+        let bench = Bench::open(library.clone(), &unpacker()?, &config.state_dir, vmms.default().capabilities().kind)?;
         let net = Arc::new(network(config, &instance).await?);
         let resolver = match Keeper::start(config, &instance, net.resolver()).await {
             Ok(keeper) => Some(keeper),

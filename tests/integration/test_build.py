@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -64,6 +65,10 @@ def test_a_flake_becomes_an_image_that_boots(here: Server, flake: Path) -> None:
     assert image["kernel_digest"] == json.loads((ASSETS / "boot.json").read_text())["kernel"]["digest"]
     assert revision["attr"] == "" and revision["network"] == "none" and revision["lock_digest"] is None
     assert revision["source_digest"].startswith("sha256:") and revision["out_path"].startswith("/nix/store/")
+    log = here.cli("image", "log", "machine").ok().text
+    assert log.startswith(f"== path:{flake} as machine, for uid=0\n") and log.endswith(f"== built: {image['digest']}\n")
+    assert "building the root file system" in log
+    assert here.cli("image", "log", revision["build"]).ok().text == log
     assert revision["kernel_release"].startswith("6.") and revision["started_at"] < revision["finished_at"]
 
     ran = here.cli(
@@ -82,6 +87,8 @@ def test_a_flake_becomes_an_image_that_boots(here: Server, flake: Path) -> None:
     again = build(here, flake, "", "--tag", "again", "-o", "json", timeout=30).ok()
     assert again.json["cached"] and again.json["digest"] == image["digest"] and "nothing ran" in again.stderr
     assert build(here, flake, "", "--tag", "machine", timeout=30).ok().text == "machine\n"
+    told = [event for event in here.cli("events", "-o", "json").ok().lines if event["kind"] == "image.build"]
+    assert told[1]["message"] == f"again: {image['digest']}, as built before" and told[1]["actor"] == "uid=0"
     build(here, flake, "", "--tag", "debian", timeout=30).fails(1, "debian", "means", "--replace")
     build(here, flake, "fails", "--tag", "machine", timeout=30).fails(1, "machine", "means", "--replace")
     nothing_left(here)
@@ -93,6 +100,7 @@ BAD = {
     "no-such-attribute": ("there-is-none", (), ["the build failed"]),
     "fails": ("fails", (), ["this is the reason", "the build failed"]),
     "no-kernel": ("no-kernel", (), ["kernel"]),
+    "strange-kernel": ("strange-kernel", (), ["6.9.9-strange", "VIRTIO_BLK", "CONFIG_EXT4_FS=y", "docs/build.md"]),
     "fills": ("fills", ("--disk", "64M"), ["No space left"]),
 }
 
@@ -103,8 +111,15 @@ def test_what_goes_wrong_is_told_and_nothing_is_left(here: Server, flake: Path, 
     attr, more, words = BAD[case]
     small = flake.parent / "small"
     shutil.copytree(FLAKE, small, dirs_exist_ok=True)
-    build(here, small, attr, "--tag", "bad", "--memory", "512", *more).fails(1, *words)
+    failed = build(here, small, attr, "--tag", "bad", "--memory", "512", *more)
+    failed.fails(1, *words)
     nothing_left(here)
+    # All of it can be read afterwards, by the command that the error names.
+    named = re.search(r"clawpot image log (build-[a-z0-9]{16})", failed.stderr)
+    assert named, failed.stderr
+    log = here.cli("image", "log", named[1]).ok().text
+    assert "\n== failed: " in log
+    assert all(line in failed.stderr for line in log.splitlines() if not line.startswith("=="))
     here.cli("image", "inspect", "bad").fails(1)
 
 
@@ -130,8 +145,9 @@ def test_a_build_that_prints_without_end_costs_no_memory(here: Server) -> None:
     printed = build(here, FLAKE, "prints", "--tag", "bad", "--memory", "512", timeout=270)
     # It comes to its end, and its result is no kernel.
     printed.fails(1, "x" * 1000, "kernel")
-    # KiB. The flake says how much it prints: more than this.
+    # KiB. It prints 100 MB, of which the builder lets 16 MiB through.
     assert memory() - before < 12 << 10
+    assert "bytes of output left out here]" in printed.stderr
     nothing_left(here)
 
 
@@ -178,6 +194,7 @@ def test_an_interrupt_ends_the_build_and_its_vm(here: Server) -> None:
 def test_a_server_that_dies_leaves_nothing_of_a_build(here: Server) -> None:
     process = started(here, FLAKE)
     assert len(list((here.state_dir / "builds").iterdir())) == 1
+    name = here.cli.ls()[0]["name"]
     here.kill9()
     assert process.wait(within(60)) == 1
     here.start()
@@ -188,6 +205,7 @@ def test_a_server_that_dies_leaves_nothing_of_a_build(here: Server) -> None:
         what="the end of its files",
     )
     nothing_left(here)
+    assert "now it waits" in here.cli("image", "log", name).ok().text
 
 
 def test_what_needs_no_vm_is_told_without_one(here: Server, workdir: Path, make_server: Callable[..., Server]) -> None:
@@ -203,3 +221,10 @@ def test_what_needs_no_vm_is_told_without_one(here: Server, workdir: Path, make_
     server.cli("build", f"path:{FLAKE}", "--tag", "x").fails(1, "builder", "scripts/setup-builder.sh")
     nothing_left(server)
     assert os.listdir(here.state_dir / "builds") == []
+    server.cli("image", "log", "debian").fails(1, "not built here")
+    server.cli("image", "log", "build-aaaaaaaaaaaaaaaa").fails(1, "no log")
+    # What comes with a kernel for which there are neither drivers nor modules is no VM that does not boot.
+    images.add(store, "strange", b"\0" * 4096, kernel=b"Linux version 6.9.9-strange (nobody)\0")
+    refused = server.cli("create", "strange").fails(1, "image strange", "6.9.9-strange", "VIRTIO_BLK")
+    assert "CONFIG_VIRTIO_NET=y" in refused.stderr
+    assert server.cli.ls() == []

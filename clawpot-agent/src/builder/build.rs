@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use clawpot_common::builder::{DEFAULT_TIMEOUT_SECS, INPUT, LOG_FILE, Request, Response};
+use clawpot_common::builder::{CACHE, DEFAULT_TIMEOUT_SECS, INPUT, LOG_FILE, Request, Response};
 use clawpot_common::v1::exec_exited::End;
 use clawpot_common::v1::exec_output::Frame as Out;
 use clawpot_common::v1::{EnvVar, ExecExited, ExecStart};
@@ -35,6 +35,7 @@ const KILL: Duration = Duration::from_secs(5);
 pub struct Order {
     flake_ref: String,
     attr: String,
+    substitute: bool,
     timeout: Duration,
     deadline: Instant,
     answers: mpsc::Sender<Response>,
@@ -58,13 +59,13 @@ struct Built {
 impl Order {
     /// Of a [`Request::Build`] that was checked.
     pub fn new(request: Request, answers: mpsc::Sender<Response>, cancel: oneshot::Receiver<()>) -> Self {
-        let (flake_ref, attr, timeout_secs) = match request {
-            Request::Build { flake_ref, attr, timeout_secs } => (flake_ref, attr, timeout_secs),
-            Request::Ping => (String::new(), String::new(), None),
+        let (flake_ref, attr, timeout_secs, substitute) = match request {
+            Request::Build { flake_ref, attr, timeout_secs, substitute } => (flake_ref, attr, timeout_secs, substitute),
+            Request::Ping => (String::new(), String::new(), None, false),
         };
         let timeout = Duration::from_secs(timeout_secs.unwrap_or(DEFAULT_TIMEOUT_SECS));
         let deadline = Instant::now() + timeout;
-        Self { flake_ref, attr, timeout, deadline, answers, cancel, cancelled: Arc::default() }
+        Self { flake_ref, attr, substitute, timeout, deadline, answers, cancel, cancelled: Arc::default() }
     }
 
     /// A line for the host, which is waited for until the deadline. `false`: it has hung up.
@@ -169,7 +170,7 @@ async fn with_disks(builder: &Arc<Builder>, order: &mut Order, log: &mut Log) ->
 /// Runs nix to its end, its timeout's or the host's.
 async fn nix(builder: &Arc<Builder>, order: &mut Order, log: &mut Log) -> Result<Ran, Failure> {
     let left = order.deadline.saturating_duration_since(Instant::now());
-    let start = command(&builder.config.nix, &order.flake_ref, &order.attr, left);
+    let start = command(&builder.config.nix, order, left);
     let refused = |failed: clawpot_common::v1::ExecFailed| Failure(format!("starting nix: {}", failed.message));
     let exec = builder.execs.start(start).map_err(refused)?;
     let mut output = attach(&exec, [0, 0], stream::empty()).map_err(refused)?;
@@ -218,12 +219,12 @@ async fn clear_away(cgroup: &crate::exec::cgroup::Cgroup) {
 }
 
 /// The program and its arguments, none of which a shell ever sees. Behind `--` nothing is an option.
-fn command(nix: &str, flake_ref: &str, attr: &str, timeout: Duration) -> ExecStart {
+fn command(nix: &str, order: &Order, timeout: Duration) -> ExecStart {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     // As it is, whether or not it is a git work tree.
-    let flake = if flake_ref == INPUT { format!("path:{INPUT}") } else { flake_ref.to_owned() };
-    let installable = format!("{flake}#{attr}");
-    let argv = [
+    let flake = if order.flake_ref == INPUT { format!("path:{INPUT}") } else { order.flake_ref.clone() };
+    let installable = format!("{flake}#{}", order.attr);
+    let mut argv = vec![
         nix,
         "--extra-experimental-features",
         "nix-command flakes",
@@ -236,9 +237,12 @@ fn command(nix: &str, flake_ref: &str, attr: &str, timeout: Duration) -> ExecSta
         "--option",
         "accept-flake-config",
         "false",
-        "--",
-        &installable,
     ];
+    if order.substitute {
+        // Beside what the image's own configuration names.
+        argv.extend(["--option", "extra-substituters", CACHE]);
+    }
+    argv.extend(["--", &installable]);
     let env = [("LANG", "C.UTF-8"), ("NIX_SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt")];
     ExecStart {
         exec_id: format!("build{:011}", NEXT.fetch_add(1, Ordering::Relaxed)),
@@ -282,8 +286,13 @@ mod tests {
 
     #[test]
     fn nothing_that_is_asked_for_becomes_an_option_or_a_command() {
-        let argv = |flake_ref: &str, attr: &str| -> Vec<String> {
-            let start = command("nix", flake_ref, attr, Duration::from_secs(1));
+        let order = |flake_ref: &str, attr: &str, substitute| {
+            let (flake_ref, attr) = (flake_ref.to_owned(), attr.to_owned());
+            let request = Request::Build { flake_ref, attr, timeout_secs: None, substitute };
+            Order::new(request, mpsc::channel(1).0, oneshot::channel().1)
+        };
+        let argv = |order: &Order| -> Vec<String> {
+            let start = command("nix", order, Duration::from_secs(1));
             start.argv.iter().map(|arg| String::from_utf8(arg.to_vec()).unwrap()).collect()
         };
         for (flake_ref, attr, want) in [
@@ -291,11 +300,14 @@ mod tests {
             ("; rm -rf /", "$(reboot)", "; rm -rf /#$(reboot)"),
             ("--option", "", "--option#"),
         ] {
-            let argv = argv(flake_ref, attr);
+            let argv = argv(&order(flake_ref, attr, false));
             assert_eq!(argv[argv.len() - 2..], ["--", want]);
             assert_eq!(argv.len(), 13);
         }
-        assert_eq!(command("nix", "a", "b", Duration::from_millis(1500)).timeout_ms, 1501);
+        // A cache is asked where the builder reaches it, and nowhere else.
+        let argv = argv(&order("/build-in", "a", true));
+        assert_eq!(argv[argv.len() - 5..], ["--option", "extra-substituters", CACHE, "--", "path:/build-in#a"]);
+        assert_eq!(command("nix", &order("a", "b", false), Duration::from_millis(1500)).timeout_ms, 1501);
     }
 
     #[test]

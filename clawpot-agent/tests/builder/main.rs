@@ -160,7 +160,7 @@ impl Talk {
 }
 
 fn build(flake_ref: &str, attr: &str, timeout_secs: Option<u64>) -> Request {
-    Request::Build { flake_ref: flake_ref.into(), attr: attr.into(), timeout_secs }
+    Request::Build { flake_ref: flake_ref.into(), attr: attr.into(), timeout_secs, substitute: false }
 }
 
 fn message(response: Response) -> String {

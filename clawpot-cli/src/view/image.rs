@@ -82,6 +82,8 @@ pub struct RevisionView {
     pub out_path: String,
     pub started_at: Option<String>,
     pub finished_at: Option<String>,
+    /// What `image log` takes too.
+    pub build: Option<String>,
 }
 
 impl From<&ImageRevision> for RevisionView {
@@ -97,6 +99,7 @@ impl From<&ImageRevision> for RevisionView {
             out_path: revision.out_path.clone(),
             started_at: revision.started_at.as_ref().map(time::rfc3339),
             finished_at: revision.finished_at.as_ref().map(time::rfc3339),
+            build: known(&revision.build),
         }
     }
 }
@@ -201,6 +204,10 @@ pub fn detail(view: &ImageDetailView) -> String {
         pairs.push(("Builder", format!("{}, network {}", built.builder_digest, built.network)));
         pairs.push(("Built", format!("{} to {}", or(&built.started_at, "-"), or(&built.finished_at, "-"))));
         pairs.push(("Result", built.out_path.clone()));
+        pairs.push((
+            "Log",
+            built.build.as_ref().map_or_else(|| "-".to_owned(), |build| format!("clawpot image log {build}")),
+        ));
         pairs.push(("Release", or(&built.kernel_release, "-")));
     }
     let env = view.env.iter().map(|(name, value)| ("Env".to_owned(), format!("{name}={value}")));

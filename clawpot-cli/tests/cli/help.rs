@@ -26,6 +26,7 @@ fn every_verb_explains_itself() {
         "ttl",
         "logs",
         "events",
+        "build",
         "image",
         "volume",
         "host",
@@ -35,7 +36,7 @@ fn every_verb_explains_itself() {
     ] {
         insta::assert_snapshot!(format!("help-{verb}"), help(&[verb]));
     }
-    for verb in ["pull", "import", "export", "tag", "rm", "gc"] {
+    for verb in ["log", "pull", "import", "export", "tag", "rm", "gc"] {
         insta::assert_snapshot!(format!("help-image-{verb}"), help(&["image", verb]));
     }
     for verb in ["create", "cp", "resize", "check", "rm"] {

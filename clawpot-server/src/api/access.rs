@@ -26,6 +26,7 @@ pub enum Need {
 const TABLE: &[(&str, Need)] = &[
     // Runs what it is given, in a VM of its own.
     ("/clawpot.v1.BuildService/Build", Need::Operate),
+    ("/clawpot.v1.BuildService/GetBuildLog", Need::Operate),
     ("/clawpot.v1.EventService/ListEvents", Need::View),
     ("/clawpot.v1.EventService/WatchEvents", Need::View),
     ("/clawpot.v1.HostService/GetHost", Need::View),

@@ -39,6 +39,7 @@ impl std::fmt::Debug for BuildApi {
 #[tonic::async_trait]
 impl BuildService for BuildApi {
     type BuildStream = BoxStream<Result<v1::BuildProgress, Status>>;
+    type GetBuildLogStream = BoxStream<Result<v1::BuildLogChunk, Status>>;
 
     async fn build(
         &self,
@@ -62,6 +63,14 @@ impl BuildService for BuildApi {
         let messages = said.ready_chunks(LINES).flat_map(|said| futures_util::stream::iter(messages(said)));
         Ok(Response::new(Box::pin(messages)))
     }
+
+    async fn get_build_log(
+        &self,
+        request: Request<v1::GetBuildLogRequest>,
+    ) -> Result<Response<Self::GetBuildLogStream>, Status> {
+        let pieces = self.builds.log(&request.into_inner().of).await.map_err(status)?;
+        Ok(Response::new(Box::pin(pieces.map(|data| Ok(v1::BuildLogChunk { data: data.map_err(status)? })))))
+    }
 }
 
 fn form(start: v1::BuildStart) -> Result<Build> {
@@ -76,7 +85,12 @@ fn form(start: v1::BuildStart) -> Result<Build> {
     };
     // As the guest will check it again: said before anything is sent or made.
     let flake_ref = if start.flake_ref.is_empty() { builder::INPUT.to_owned() } else { start.flake_ref.clone() };
-    let request = builder::Request::Build { flake_ref, attr: start.attr.clone(), timeout_secs: Some(timeout_secs) };
+    let request = builder::Request::Build {
+        flake_ref,
+        attr: start.attr.clone(),
+        timeout_secs: Some(timeout_secs),
+        substitute: false,
+    };
     request.check().map_err(|refused| Error::new(Kind::InvalidArgument, format!("start.{refused}")))?;
     let flake = match start.flake_ref.as_str() {
         "" => FlakeSource::Local,

@@ -212,6 +212,7 @@ fn revision(revision: clawpot_core::ports::Revision) -> v1::ImageRevision {
         out_path: revision.out_path,
         started_at: Some(convert::timestamp(revision.started_at)),
         finished_at: Some(convert::timestamp(revision.finished_at)),
+        build: revision.build.map(|build| clawpot_control::build_name(&build)).unwrap_or_default(),
     }
 }
 

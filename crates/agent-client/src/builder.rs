@@ -51,7 +51,8 @@ fn request(order: BuildOrder) -> Result<Request> {
         FlakeSource::Local => INPUT.to_owned(),
         FlakeSource::Remote(flake) => flake,
     };
-    let request = Request::Build { flake_ref, attr: order.attr, timeout_secs: Some(order.timeout_secs) };
+    let (timeout_secs, substitute) = (Some(order.timeout_secs), order.substitute);
+    let request = Request::Build { flake_ref, attr: order.attr, timeout_secs, substitute };
     request.check().map_err(|refused| Error::new(Kind::InvalidArgument, "build").because(refused))?;
     Ok(request)
 }
@@ -149,7 +150,7 @@ mod tests {
     use super::*;
 
     fn order(flake: FlakeSource, attr: &str) -> BuildOrder {
-        BuildOrder { flake, attr: attr.to_owned(), timeout_secs: 60 }
+        BuildOrder { flake, attr: attr.to_owned(), timeout_secs: 60, substitute: false }
     }
 
     /// A VM's socket that takes one connection.

@@ -20,7 +20,7 @@ pub mod runner;
 pub mod service;
 
 pub use adopt::start;
-pub use builds::{Build, BuildProgress, Builds};
+pub use builds::{Build, BuildProgress, Builds, build_name};
 pub use deps::{Deps, Settings, Vmms};
 pub use records::{Changed, Records, Row};
 pub use service::Service;

@@ -4,16 +4,16 @@
 
 mod support;
 
-use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use clawpot_control::{Build, BuildProgress, Builds, Row};
+use clawpot_core::admission::Room;
 use clawpot_core::ports::{
     BoxStream, BuildName, BuildOrder, BuilderGuest, BuilderSays, FlakeSource, GuestEndpoint, ImageDetail, Images as _,
-    Revision, Source, Workbench,
+    LARGEST_SOURCE, LaidOut, Revision, Source, Workbench,
 };
 use clawpot_core::{DiskSource, Reach};
 use clawpot_testkit::FakeImages;
@@ -25,6 +25,7 @@ use support::House;
 #[derive(Default)]
 struct Bench {
     files: Mutex<BTreeSet<VmId>>,
+    logs: Mutex<BTreeMap<VmId, String>>,
     built: Mutex<Option<(Digest, ImageDetail)>>,
     image: Mutex<Option<ImageDetail>>,
 }
@@ -52,9 +53,10 @@ impl Workbench for Bench {
         Ok(built.as_ref().filter(|(known, _)| Some(known) == key).map(|(_, image)| image.clone()))
     }
 
-    async fn lay_out(&self, build: &VmId, _: MiB) -> Result<Vec<PathBuf>> {
+    async fn lay_out(&self, build: &VmId, _: MiB) -> Result<LaidOut> {
         self.files.lock().unwrap().insert(build.clone());
-        Ok(["output", "source"].map(|name| format!("/fake/builds/{build}/{name}").into()).to_vec())
+        let disks = ["output", "source"].map(|name| format!("/fake/builds/{build}/{name}").into()).to_vec();
+        Ok(LaidOut { disks, sources: MiB(3) })
     }
 
     async fn take(&self, build: &VmId, revision: Revision, _: &BuildName) -> Result<ImageDetail> {
@@ -69,6 +71,17 @@ impl Workbench for Bench {
     async fn clear(&self, build: &VmId) -> Result<()> {
         self.files.lock().unwrap().remove(build);
         Ok(())
+    }
+
+    async fn write_log(&self, build: &VmId, text: String) -> Result<()> {
+        self.logs.lock().unwrap().entry(build.clone()).or_default().push_str(&text);
+        Ok(())
+    }
+
+    async fn read_log(&self, build: &VmId) -> Result<BoxStream<Result<bytes::Bytes>>> {
+        let log = self.logs.lock().unwrap().get(build).cloned();
+        let log = log.ok_or_else(|| Error::new(Kind::NotFound, "no log"))?;
+        Ok(Box::pin(futures_util::stream::iter([Ok(log.into())])))
     }
 
     async fn left(&self) -> Result<Vec<VmId>> {
@@ -162,13 +175,68 @@ async fn a_build_has_a_vm_of_its_own_and_leaves_an_image() {
     let told = told(&house).await;
     let [told] = &told[..] else { panic!("{told:?}") };
     assert!(told.starts_with("app: sha256:"), "{told}");
+    let log = the_log(&builds, &bench).await;
+    assert!(log.starts_with("== . as app, for uid=0\n") && log.contains("\nbuilding image\n"), "{log}");
+    assert!(log.lines().last().unwrap().starts_with("== built: sha256:"), "{log}");
     assert!(said.contains(&"building image".to_owned()), "{said:?}");
     check_empty(&house, &bench);
     // The same again: nothing runs.
     let (said, done) = ended(&builds, wanted()).await;
     assert!(done.unwrap() && !said.contains(&"building image".to_owned()), "{said:?}");
+    let told = self::told(&house).await;
+    assert!(
+        told.len() == 2 && told[1].ends_with(", as built before"),
+        "who called is told also where nothing ran: {told:?}"
+    );
     let (_, done) = ended(&builds, Build { cache: false, ..wanted() }).await;
     assert!(!done.unwrap());
+    check_empty(&house, &bench);
+}
+
+/// Of the one build of which there is a log.
+async fn the_log(builds: &Builds, bench: &Bench) -> String {
+    let logged: Vec<_> = bench.logs.lock().unwrap().keys().cloned().collect();
+    let [build] = &logged[..] else { panic!("{logged:?}") };
+    let mut log = builds.log(&format!("build-{build}")).await.unwrap();
+    let mut text = String::new();
+    while let Some(piece) = log.next().await {
+        text.push_str(std::str::from_utf8(&piece.unwrap()).unwrap());
+    }
+    text
+}
+
+/// The sources' disk counts: at its largest while it comes, then as it is, and not at all behind the build.
+#[tokio::test(start_paused = true)]
+async fn what_is_received_is_admitted_first() {
+    let house = House::new().await;
+    let (builds, bench) = workshop(&house, Does::NeverEnds).await;
+    let used = async || house.service().budgets().await.unwrap().disk;
+    let before = used().await.used;
+    let (send, mut sent) = tokio::sync::mpsc::channel(1);
+    let archive = Box::pin(futures_util::stream::poll_fn(move |cx| sent.poll_recv(cx)));
+    let mut progress = builds.build(wanted(), archive, "uid=0");
+    assert!(matches!(progress.next().await, Some(Ok(BuildProgress::Step(_)))));
+    assert_eq!(used().await.used, before + LARGEST_SOURCE.0);
+    drop(send);
+    let vm = in_its_vm(&house, &mut progress).await;
+    assert_eq!(used().await.used, before + 2 * 1024 + 3);
+    // Where there is no room nothing is received.
+    let gib = |n: u64| MiB(n << 10);
+    let room = Room {
+        cpus: 4,
+        memory: gib(8),
+        memory_available: gib(8),
+        disk: MiB(used().await.used / 4 + 200),
+        disk_free: gib(1),
+    };
+    house.host.set_room(room);
+    let error = ended(&builds, Build { cache: false, ..wanted() }).await.1.unwrap_err();
+    assert_eq!(error.kind(), Kind::Exhausted, "{}", error.chain());
+    assert!(error.chain().contains("1024 MiB asked"), "{}", error.chain());
+    drop(progress);
+    house.until(&vm, None).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(used().await.used, before);
     check_empty(&house, &bench);
 }
 
@@ -187,6 +255,9 @@ async fn however_it_fails_nothing_is_left() {
         let told = told(&house).await;
         let [told] = &told[..] else { panic!("{told:?}") };
         assert!(told.starts_with("app: failed: ") && told.contains(why), "{told}");
+        let log = the_log(&builds, &bench).await;
+        assert!(log.lines().last().unwrap().starts_with("== failed: ") && log.contains(why), "{log}");
+        assert!(error.next_step().unwrap().contains("clawpot image log build-"), "{error:?}");
         check_empty(&house, &bench);
     }
     let house = House::new().await;

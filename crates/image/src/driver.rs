@@ -1,12 +1,14 @@
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use clawpot_core::ImagePin;
 use clawpot_core::ports::{BootFiles, ImageDetail, ImageInfo, Images, UnreadableImage};
+use clawpot_core::{ImagePin, VmmKind};
 use clawpot_types::{Digest, Error, ImageRef, Kind, MiB, Result, VmId};
 
 use crate::disks::Disks;
+use crate::kernel::{self, Looked};
 use crate::library::{Library, Room};
 use crate::manifest::Blob;
 use crate::refs::Refs;
@@ -25,6 +27,8 @@ struct Files {
     store: Store,
     verifier: Arc<Verifier>,
     refs: Arc<Refs>,
+    /// Kernels that were looked through, by their digests. A handful.
+    kernels: Mutex<BTreeMap<Digest, Looked>>,
 }
 
 impl LocalImages {
@@ -34,14 +38,14 @@ impl LocalImages {
         let store = Store::new(image_dir)?;
         let refs = Arc::new(Refs::open(&store, state)?);
         crate::build::sweep(&store.cache())?;
-        let files = Arc::new(Files { store, verifier: Arc::new(verifier), refs });
+        let files = Arc::new(Files { store, verifier: Arc::new(verifier), refs, kernels: Mutex::default() });
         Ok(Self { files, disks: Disks::open(state)? })
     }
 
     /// The operator's side of the same store. `helper` is the path of `clawpot-unpack`.
     #[must_use]
     pub fn library(&self, helper: &Path, room: Room) -> Library {
-        let Files { store, verifier, refs } = &*self.files;
+        let Files { store, verifier, refs, .. } = &*self.files;
         Library::new(store.clone(), Arc::clone(verifier), Arc::clone(refs), helper.to_owned(), room)
     }
 
@@ -96,6 +100,29 @@ impl Files {
         let [(_, kernel, kernel_blob), (_, initramfs, _), (_, rootfs, _)] = parts;
         Ok(BootFiles { kernel, kernel_digest: kernel_blob.digest, initramfs, rootfs })
     }
+
+    fn boots(&self, pin: &ImagePin, vmm: VmmKind) -> Result<()> {
+        let manifest = self.store.by_digest(&pin.digest)?;
+        let Some(own) = manifest.kernel else { return Ok(()) };
+        let host = self.store.boot()?.kernel;
+        if own == host {
+            return Ok(());
+        }
+        self.look_at(&own)?.fits(&self.look_at(&host)?, vmm, manifest.rootfs.format)
+    }
+
+    fn look_at(&self, kernel: &Blob) -> Result<Looked> {
+        let known = || self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(looked) = known().get(&kernel.digest) {
+            return Ok(looked.clone());
+        }
+        let path = self.store.blob_path(&kernel.digest);
+        let file = std::fs::File::open(&path)
+            .map_err(|error| Error::io(format!("opening the kernel {}", path.display()), error))?;
+        let looked = kernel::look(&file)?;
+        known().insert(kernel.digest.clone(), looked.clone());
+        Ok(looked)
+    }
 }
 
 #[async_trait]
@@ -131,6 +158,11 @@ impl Images for LocalImages {
     async fn ensure(&self, pin: &ImagePin) -> Result<BootFiles> {
         let pin = pin.clone();
         self.blocking(move |files| files.ensure(&pin)).await
+    }
+
+    async fn boots(&self, pin: &ImagePin, vmm: VmmKind) -> Result<()> {
+        let pin = pin.clone();
+        self.blocking(move |files| files.boots(&pin, vmm)).await
     }
 
     async fn list(&self) -> Result<(Vec<ImageInfo>, Vec<UnreadableImage>)> {

@@ -7,6 +7,7 @@
 //! - [`refs`] who uses what, across processes; [`lock`] locks between them
 //! - [`build`] layers to a file system, by way of [`unpack`], a process of its own: `clawpot-unpack`
 //! - [`Bench`] the `Workbench` port: images that are built of flakes
+//! - [`kernel`] can it be started, and does it do there what a guest needs?
 //! - [`verify`] files are what their digest says; each is read once, not once a VM
 //! - [`LocalVolumes`] the `Volumes` port: disks that outlive VMs
 //! - [`disks`] VMs' writable disks, cloned from a formatted template
@@ -19,6 +20,7 @@ pub mod disks;
 mod driver;
 mod flake;
 pub mod gc;
+pub mod kernel;
 mod library;
 pub mod lock;
 pub mod manifest;

@@ -10,7 +10,8 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use clawpot_core::ports::{BuildName, ImageDetail, ImageLibrary as _, Revision, Source, Workbench as _};
+use clawpot_core::VmmKind;
+use clawpot_core::ports::{BuildName, ImageDetail, ImageLibrary as _, LaidOut, Revision, Source, Workbench as _};
 use clawpot_host::process::{Tool, find_program};
 use clawpot_image::{Bench, Room};
 use clawpot_types::{Digest, Kind, MiB, Result, Timestamp, VmId};
@@ -20,7 +21,7 @@ use tar::EntryType;
 fn bench(host: &Host) -> Bench {
     let helper = Path::new(env!("CARGO_BIN_EXE_clawpot-unpack"));
     let library = host.library_with(Room { reserve: 0, ..Room::default() });
-    Bench::open(library, helper, &host.dir.path().join("state")).unwrap()
+    Bench::open(library, helper, &host.dir.path().join("state"), VmmKind::Qemu).unwrap()
 }
 
 fn id(n: u8) -> VmId {
@@ -52,11 +53,22 @@ fn revision(key: Option<Digest>) -> Revision {
         out_path: "/nix/store/x".to_owned(),
         started_at: Timestamp(1),
         finished_at: Timestamp(2),
+        build: Some(id(9)),
         key,
     }
 }
 
+/// One that has what it needs built in.
 fn kernel() -> Vec<u8> {
+    let mut bytes = kernel_without_drivers();
+    for name in ["devtmpfs", "virtio-mmio", "virtio-pci", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport"] {
+        bytes.extend(format!("{name}\0").bytes());
+    }
+    bytes.extend(b"EXT4-fs error\0overlayfs: upper\0");
+    bytes
+}
+
+fn kernel_without_drivers() -> Vec<u8> {
     let mut bytes = vec![0; 128];
     bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
     (bytes[16], bytes[18]) = (2, 62);
@@ -105,7 +117,7 @@ async fn leave_files(host: &Host, disk: &Path, files: &[(&str, &[u8])]) {
 }
 
 async fn laid_out(bench: &Bench, build: &VmId) -> PathBuf {
-    bench.lay_out(build, MiB(64)).await.unwrap().remove(0)
+    bench.lay_out(build, MiB(64)).await.unwrap().disks.remove(0)
 }
 
 fn nothing_half_made(host: &Host) {
@@ -123,7 +135,8 @@ async fn a_flakes_directory_becomes_a_read_only_disk_and_its_lock_is_known() {
     let archive = marks.symlink("out", "/etc/passwd").symlink("up", "../../../../etc").end();
     let source = receive(&bench, &id(1), archive.clone()).await.unwrap();
     assert_eq!(source, Source { digest: digest(&archive), lock: Some(digest(b"{}")) });
-    let disks = bench.lay_out(&id(1), MiB(64)).await.unwrap();
+    let LaidOut { disks, sources } = bench.lay_out(&id(1), MiB(64)).await.unwrap();
+    assert!((MiB(1)..MiB(64)).contains(&sources), "{sources}");
     let [output, source] = &disks[..] else { panic!("{disks:?}") };
     let meta = std::fs::metadata(output).unwrap();
     assert_eq!(meta.len(), 64 << 20);
@@ -259,12 +272,16 @@ async fn hostile_disks_are_told_and_leave_nothing() {
     erofs[1024..1028].copy_from_slice(&[0xe2, 0xe1, 0xf5, 0xe0]);
     let torn = base(b"another kernel", &good);
     type Left<'a> = &'a [(&'a str, &'a [u8])];
-    let cases: [(Left<'_>, &str); 10] = [
+    let cases: [(Left<'_>, &str); 11] = [
         (&[], "left no vmlinux"),
         (&[("rootfs.ext4", &good)], "left no vmlinux"),
         (&[("vmlinux", &kernel)], "left no rootfs.ext4"),
         (&[("vmlinux", b""), ("rootfs.ext4", &good)], "kernel cannot be started"),
         (&[("vmlinux", b"#!/bin/sh\n"), ("rootfs.ext4", &good)], "kernel cannot be started"),
+        (
+            &[("vmlinux", &kernel_without_drivers()), ("rootfs.ext4", &good)],
+            "cannot be booted: its kernel (6.1.0-41-test)",
+        ),
         (&[("vmlinux", &kernel), ("rootfs.ext4", b"no file system")], "rootfs cannot be mounted: it is no ext4"),
         (&[("vmlinux", &kernel), ("rootfs.ext4", &larger)], "rootfs cannot be mounted: it says that it has"),
         (&[("vmlinux", &kernel), ("rootfs.ext4", &erofs)], "rootfs cannot be mounted: it is erofs"),
@@ -307,7 +324,7 @@ async fn what_a_result_takes_of_the_store_has_an_end() {
     let host = Host::new();
     let helper = Path::new(env!("CARGO_BIN_EXE_clawpot-unpack"));
     let room = Room { reserve: 0, quota: Some(64 << 20), ..Room::default() };
-    let bench = Bench::open(host.library_with(room), helper, &host.dir.path().join("state")).unwrap();
+    let bench = Bench::open(host.library_with(room), helper, &host.dir.path().join("state"), VmmKind::Qemu).unwrap();
     let disk = laid_out(&bench, &id(1)).await;
     leave_files(&host, &disk, &[("vmlinux", &kernel()), ("rootfs.ext4", &[1]), ("fc-base.json", b"{}")]).await;
     // Of nothing but a hole.

@@ -10,7 +10,7 @@ use clawpot_core::ports::{
     Listing, Machine, Net, Seat, StateStore, Txn, TxnOutcome, UnreadableImage, Vmm, VolumeFile, Volumes,
 };
 use clawpot_core::volume::VolumeRecord;
-use clawpot_core::{Fact, ImagePin, MachineId, VmmFact};
+use clawpot_core::{Fact, ImagePin, MachineId, VmmFact, VmmKind};
 use clawpot_types::{ImageRef, MiB, Result, Revision, Slot, VmId, VolumeId};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +76,10 @@ impl Images for Forgetful {
 
     async fn ensure(&self, pin: &ImagePin) -> Result<BootFiles> {
         self.images.ensure(pin).await
+    }
+
+    async fn boots(&self, pin: &ImagePin, vmm: VmmKind) -> Result<()> {
+        self.images.boots(pin, vmm).await
     }
 
     async fn list(&self) -> Result<(Vec<ImageInfo>, Vec<UnreadableImage>)> {

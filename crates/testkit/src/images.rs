@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use clawpot_core::ImagePin;
 use clawpot_core::ports::{BootFiles, ImageConfig, ImageDetail, ImageInfo, Images, MachineDefaults, UnreadableImage};
+use clawpot_core::{ImagePin, VmmKind};
 use clawpot_types::{Digest, Error, ImageRef, Kind, MiB, Result, VmId};
 
 use crate::faults::{Line, Method};
@@ -89,6 +89,10 @@ impl Images for FakeImages {
             })
         };
         self.line.call(Method::ImagesEnsure, work).await
+    }
+
+    async fn boots(&self, _: &ImagePin, _: VmmKind) -> Result<()> {
+        Ok(())
     }
 
     async fn list(&self) -> Result<(Vec<ImageInfo>, Vec<UnreadableImage>)> {

@@ -29,10 +29,12 @@ def blob(store: Path, data: bytes) -> dict[str, Any]:
     return {"digest": f"sha256:{digest}", "size": len(data)}
 
 
-def add(store: Path, name: str, rootfs: bytes) -> None:
-    """An image of this ext4 file system."""
+def add(store: Path, name: str, rootfs: bytes, kernel: bytes | None = None) -> None:
+    """An image of this ext4 file system, with this kernel or the host's."""
     config = {"env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "cwd": "/", "user": "root"}
     manifest = {"version": 1, "rootfs": blob(store, rootfs) | {"format": "ext4"}, "config": config}
+    if kernel is not None:
+        manifest |= {"version": 2, "kernel": blob(store, kernel)}
     encoded = json.dumps(manifest | {"created_at_us": 1, "inputs": "test"}).encode()
     blob(store, encoded)
     (store / "manifests" / f"{name}.json").write_bytes(encoded)

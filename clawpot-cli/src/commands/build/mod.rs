@@ -28,7 +28,8 @@ use crate::view::image::ImageDetailView;
 /// Build an image of a Nix flake, in a VM that exists for this alone
 ///
 /// The build's output goes to stderr as it comes, the image's name to stdout. The VM reaches nobody unless --network says so, and
-/// is removed in any case. The same source and attribute are not built twice.
+/// is removed in any case. The same source and attribute are not built twice. All that a build said can be read again: `clawpot
+/// image log`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Directory of a flake, or what nix takes for one (github:OWNER/REPO, https://…); behind # the attribute
@@ -45,7 +46,7 @@ pub struct Args {
     /// Build it although the same was built before
     #[arg(long)]
     no_cache: bool,
-    /// Whom the VM reaches: none, nobody; default, the world, which a flake with inputs needs
+    /// Whom the VM reaches: none, nobody; default, the world, which a flake with inputs (nixpkgs) needs, and cache.nixos.org
     #[arg(long, value_enum, value_name = "REACH", default_value = "none", help_heading = "The VM")]
     network: Reach,
     /// Virtual CPUs, 1 to 32 [default: 2]
@@ -97,7 +98,7 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
     match ended? {
         Some(done) => show(global, &done).map(|()| 0),
         None => {
-            note("cancelled; its VM goes, and nothing is kept");
+            note("cancelled; its VM goes, and no image is made");
             Ok(INTERRUPTED)
         }
     }

@@ -4,6 +4,7 @@ mod export;
 mod gc;
 mod import;
 mod inspect;
+mod log;
 mod ls;
 mod pull;
 mod rm;
@@ -31,6 +32,7 @@ pub struct Args {
 enum Verb {
     Ls(ls::Args),
     Inspect(inspect::Args),
+    Log(log::Args),
     Pull(pull::Args),
     Import(import::Args),
     Export(export::Args),
@@ -43,6 +45,7 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
     match args.verb {
         Verb::Ls(args) => ls::run(global, args).await,
         Verb::Inspect(args) => inspect::run(global, args).await,
+        Verb::Log(args) => log::run(global, args).await,
         Verb::Pull(args) => pull::run(global, args).await,
         Verb::Import(args) => import::run(global, args).await,
         Verb::Export(args) => export::run(global, args).await,

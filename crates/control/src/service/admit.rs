@@ -27,6 +27,14 @@ pub(crate) struct Promise {
     id: VmId,
 }
 
+impl Promise {
+    /// It turned out to be no more than this, of disk alone.
+    pub(crate) fn only(&self, disk: MiB) {
+        let claim = Claim { disk: disk.0, ..Claim::default() };
+        self.ledger.promised.lock().unwrap_or_else(PoisonError::into_inner).insert(self.id.clone(), claim);
+    }
+}
+
 impl Drop for Promise {
     fn drop(&mut self) {
         self.ledger.promised.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
@@ -62,6 +70,19 @@ impl Service {
         // Its disk and its slot it has.
         let asked = Claim { disk: 0, slots: 0, ..Claim::whole(&record.spec, self.deps.vmms.footprint(record)) };
         self.admit(record, asked, &format!("VM {}: start", record.name)).await.map(Some)
+    }
+
+    /// Promises `size` of disk for files that no record tells of, for as long as what it gives is held. `id`: no VM's.
+    pub(crate) async fn promise_disk(&self, id: &VmId, size: MiB, what: &str) -> Result<Promise> {
+        let room = self.deps.room.look().await?;
+        let ledger = &self.shared.ledger;
+        let mut promised = ledger.promised.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = self.held(&promised, None);
+        let budgets = Budgets::new(&self.deps.settings.admission, &room, self.deps.net.slots(), held);
+        let asked = Claim { disk: size.0, ..Claim::default() };
+        budgets.admit(asked).map_err(|short| short.error(what))?;
+        promised.insert(id.clone(), asked);
+        Ok(Promise { ledger: ledger.clone(), id: id.clone() })
     }
 
     /// Counts `size` for the volume from now on, if there is room for what it has more than before.

@@ -112,6 +112,8 @@ impl Service {
             return self.repeated(&earlier.value, &body).await;
         }
         let image = self.deps.images.resolve(&body.spec.image).await?;
+        let boots = self.deps.images.boots(&image, self.deps.vmms.default().capabilities().kind).await;
+        boots.map_err(|error| error.context(format!("image {}", body.spec.image)))?;
         let config = self.deps.images.describe(&ImageRef::Digest(image.digest.clone())).await?.config;
         for _ in 0..ATTEMPTS {
             let record = self.draft(&body, image.clone(), &config, actor)?;

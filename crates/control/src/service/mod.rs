@@ -4,7 +4,7 @@
 //! - `admit` what may be taken in · [`create`] · [`drain`] · [`read`] get, list, watch · [`intent`] start, stop, delete, time to live · [`exec`] · [`console`] · [`force`] the way
 //!   out of quarantine
 
-mod admit;
+pub(crate) mod admit;
 pub mod console;
 pub mod create;
 pub mod drain;

@@ -23,6 +23,8 @@ pub struct BuildOrder {
     pub attr: String,
     /// For `nix build` in the guest.
     pub timeout_secs: u64,
+    /// nix asks the public cache for what it has built already.
+    pub substitute: bool,
 }
 
 /// Where a flake comes from.
@@ -64,7 +66,7 @@ pub trait Workbench: Send + Sync {
 
     /// Makes the disk of results, of `size`, and that of sources where some were received: in this order, as the guest
     /// numbers them.
-    async fn lay_out(&self, build: &VmId, size: MiB) -> Result<Vec<PathBuf>>;
+    async fn lay_out(&self, build: &VmId, size: MiB) -> Result<LaidOut>;
 
     /// Makes an image of what a guest left on the disk of results; no machine has it any more.
     /// `FailedPrecondition`: something is missing there or is not what it should be.
@@ -75,6 +77,26 @@ pub trait Workbench: Send + Sync {
 
     /// Every build of which there are files.
     async fn left(&self) -> Result<Vec<VmId>>;
+
+    /// Adds to the build's log, which [`Self::clear`] leaves. What is beyond a log's largest size is left out; those of the
+    /// oldest builds go when there are too many.
+    async fn write_log(&self, build: &VmId, text: String) -> Result<()>;
+
+    /// What was written so far. `NotFound`: nothing, or it has gone.
+    async fn read_log(&self, build: &VmId) -> Result<BoxStream<Result<Bytes>>>;
+}
+
+/// A flake's directory is text that people wrote, and now and then a picture: the largest archive of one, and the largest disk of
+/// sources, which is made of no more than it.
+pub const LARGEST_SOURCE: MiB = MiB(1024);
+
+/// The disks of a build.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LaidOut {
+    /// Results, then sources, where there are any: as the guest numbers them.
+    pub disks: Vec<PathBuf>,
+    /// What that of sources takes.
+    pub sources: MiB,
 }
 
 /// What the image is to be called.
@@ -116,6 +138,9 @@ pub struct Revision {
     pub started_at: Timestamp,
     #[serde(rename = "finished_at_us")]
     pub finished_at: Timestamp,
+    /// Which one it was: its log bears this name. `None`: of before there were logs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub build: Option<VmId>,
     /// By which the same build is known again; `None`: it never is.
     pub key: Option<Digest>,
 }

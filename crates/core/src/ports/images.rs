@@ -6,7 +6,7 @@ use bytes::Bytes;
 use clawpot_types::{Digest, Error, ImageRef, MiB, Result, Timestamp, Vcpus, VmId};
 
 use super::BoxStream;
-use crate::ImagePin;
+use crate::{ImagePin, VmmKind};
 
 /// Images, the host's kernel, and the VMs' disks.
 #[async_trait]
@@ -25,6 +25,10 @@ pub trait Images: Send + Sync {
     /// since (device, inode, size, mtime, ctime) is not read again. Cancellation is harmless.
     /// `Corrupt`: which file, expected and found digest or size; `NotFound`: which file is missing.
     async fn ensure(&self, pin: &ImagePin) -> Result<BootFiles>;
+
+    /// Whether a VM of this kind boots with the image's kernel and the host's initramfs, as far as can be told beforehand. A
+    /// kernel is read once in a server's life. `FailedPrecondition`: what it lacks.
+    async fn boots(&self, pin: &ImagePin, vmm: VmmKind) -> Result<()>;
 
     /// Every image of the store, and those whose manifest cannot be read.
     async fn list(&self) -> Result<(Vec<ImageInfo>, Vec<UnreadableImage>)>;

@@ -12,7 +12,9 @@ mod store;
 mod vmm;
 mod volumes;
 
-pub use build::{BuildName, BuildOrder, BuilderGuest, BuilderSays, FlakeSource, Revision, Source, Workbench};
+pub use build::{
+    BuildName, BuildOrder, BuilderGuest, BuilderSays, FlakeSource, LARGEST_SOURCE, LaidOut, Revision, Source, Workbench,
+};
 pub use guest::{Guest, GuestEndpoint, Hello};
 pub use host::{Clock, HostRoom, Ids};
 pub use images::{

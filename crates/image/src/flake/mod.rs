@@ -2,24 +2,28 @@
 //!
 //! - [`source`] the flake's directory comes as an archive, and becomes a disk by way of [`crate::unpack`]
 //! - [`dump`] what a guest left on the disk of results is read by `debugfs`, confined as [`crate::unpack`] is
+//! - [`log`] what builds said, kept behind them: `build-logs/<id>.log`
 //! - [`result`] is it a kernel, is it a file system; then it is an image
 //!
 //! Below the state directory, each build in a directory of its own: `builds/<id>/{source.tar,source.ext4,output.ext4}`. It is
 //! made before the VM is accepted, and goes when the VM is gone.
 
 mod dump;
-mod kernel;
+mod log;
 mod result;
 mod source;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use clawpot_core::ports::{BoxStream, BuildName, ImageDetail, Revision, Source, Workbench};
+use clawpot_core::VmmKind;
+use clawpot_core::ports::{BoxStream, BuildName, ImageDetail, LaidOut, Revision, Source, Workbench};
 use clawpot_host::fs;
 use clawpot_types::{Digest, Error, Kind, MiB, Result, VmId};
 
+use self::log::Logs;
 use crate::build::Builder;
 use crate::library::Library;
 use crate::store::digest_of;
@@ -36,18 +40,22 @@ pub struct Bench {
     /// Its cache is on the file system of the state directory, where jails can link to what it makes.
     builder: Builder,
     dir: PathBuf,
+    logs: Arc<Logs>,
+    /// What this server's VMs run in.
+    vmm: VmmKind,
 }
 
 impl Bench {
     /// `state` exists and belongs to this process alone. Blocks. Nothing is removed: builds' VMs may still be there.
-    pub fn open(library: Library, helper: &Path, state: &Path) -> Result<Self> {
+    pub fn open(library: Library, helper: &Path, state: &Path, vmm: VmmKind) -> Result<Self> {
         let state = std::path::absolute(state)
             .map_err(|error| Error::io(format!("finding the state directory {}", state.display()), error))?;
         let dir = state.join("builds");
         fs::ensure_dir(&dir, 0o700)?;
         crate::build::sweep(&dir)?;
         let builder = Builder { helper: helper.to_owned(), cache: dir.clone() };
-        Ok(Self { library, builder, dir })
+        let logs = Arc::new(Logs::open(&state)?);
+        Ok(Self { library, builder, dir, logs, vmm })
     }
 
     fn of(&self, build: &VmId) -> PathBuf {
@@ -115,17 +123,20 @@ impl Workbench for Bench {
         .await
     }
 
-    async fn lay_out(&self, build: &VmId, size: MiB) -> Result<Vec<PathBuf>> {
+    async fn lay_out(&self, build: &VmId, size: MiB) -> Result<LaidOut> {
         let dir = self.of(build);
         let made = dir.clone();
         self.blocking(move |_| fs::ensure_dir(&made, 0o700)).await?;
         let output = dir.join(OUTPUT);
         format_output(&output, size).await?;
-        let mut disks = vec![output];
+        let (mut disks, mut sources) = (vec![output], MiB(0));
         if let Some(source) = source::disk(self, &dir).await? {
+            let meta = std::fs::metadata(&source);
+            let size = meta.map_err(|error| Error::io(format!("looking at {}", source.display()), error))?.len();
+            sources = MiB(size.div_ceil(1 << 20));
             disks.push(source);
         }
-        Ok(disks)
+        Ok(LaidOut { disks, sources })
     }
 
     async fn take(&self, build: &VmId, revision: Revision, name: &BuildName) -> Result<ImageDetail> {
@@ -135,6 +146,17 @@ impl Workbench for Bench {
     async fn clear(&self, build: &VmId) -> Result<()> {
         let dir = self.of(build);
         self.blocking(move |_| fs::remove_tree_if_exists(&dir)).await
+    }
+
+    async fn write_log(&self, build: &VmId, text: String) -> Result<()> {
+        let build = build.clone();
+        self.blocking(move |this| this.logs.add(&build, &text)).await
+    }
+
+    async fn read_log(&self, build: &VmId) -> Result<BoxStream<Result<Bytes>>> {
+        let build = build.clone();
+        let file = self.blocking(move |this| this.logs.open_one(&build)).await?;
+        Ok(log::stream(file))
     }
 
     async fn left(&self) -> Result<Vec<VmId>> {

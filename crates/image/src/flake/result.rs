@@ -4,13 +4,15 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use clawpot_core::VmmKind;
 use clawpot_core::ports::{BuildName, ImageDetail, Revision};
 use clawpot_types::{Digest, Error, Kind, MiB, Result, Vcpus, VmId};
 use rustix::fs::{FallocateFlags, OFlags};
 use serde::Deserialize;
 
-use super::{Bench, OUTPUT, kernel};
+use super::{Bench, OUTPUT};
 use crate::build::{Work, format_of, take_over};
+use crate::kernel::{self, Looked};
 use crate::library::LEAST;
 use crate::manifest::{Blob, Config, Format, Machine, Manifest, Rootfs, VERSION};
 use crate::oci;
@@ -77,7 +79,7 @@ fn bring_in(
     let (rootfs_path, rootfs_file) = open(large, ROOTFS)?;
     let size =
         |file: &File| file.metadata().map(|meta| meta.len()).map_err(|error| Error::io("looking at the result", error));
-    let release = kernel::check(&kernel_file, size(&kernel_file)?)?;
+    let looked = kernel::check(&kernel_file, size(&kernel_file)?)?;
     check_rootfs(&rootfs_file, size(&rootfs_file)?)?;
     dig_holes(&rootfs_file).map_err(|error| Error::io("making holes in the result's file system", error))?;
     let kernel = blob(take_over(&kernel_path)?);
@@ -96,9 +98,7 @@ fn bring_in(
             }
         }
     }
-    if let Some(release) = &release {
-        tracing::info!(image = %name.name, release, "built with a kernel of its own");
-    }
+    may_boot(bench, &looked, &kernel)?;
     let key = revision.key.clone();
     let manifest = Manifest {
         version: VERSION,
@@ -108,7 +108,7 @@ fn bring_in(
         kernel: Some(kernel.clone()),
         machine: base.and_then(|base| machine(&base)),
         source: None,
-        revision: Some(Revision { kernel_release: release, ..revision }),
+        revision: Some(Revision { kernel_release: looked.release, ..revision }),
     };
     let store = &bench.library.store;
     let held = store.lock()?;
@@ -125,6 +125,29 @@ fn bring_in(
     store.set_name(&name.name, &digest, true, &held)?;
     drop(held);
     store.describe(&name.name)
+}
+
+/// That the VMs of some host can: of this one, or else of one with the other VMM, to which the image can be taken.
+fn may_boot(bench: &Bench, looked: &Looked, own: &Blob) -> Result<()> {
+    let host = match bench.library.store.boot() {
+        Ok(boot) if boot.kernel == *own => return Ok(()),
+        Ok(boot) => {
+            let path = bench.library.store.blob_path(&boot.kernel.digest);
+            let open = File::open(&path);
+            kernel::look(&open.map_err(|error| Error::io(format!("opening the kernel {}", path.display()), error))?)?
+        }
+        // There is no other kernel, hence no modules.
+        Err(error) if error.kind() == Kind::FailedPrecondition => Looked::default(),
+        Err(error) => return Err(error),
+    };
+    let other = match bench.vmm {
+        VmmKind::Firecracker => VmmKind::Qemu,
+        VmmKind::Qemu => VmmKind::Firecracker,
+    };
+    looked.fits(&host, bench.vmm, Format::Ext4).or_else(|error| match looked.lacks(other, Format::Ext4).is_empty() {
+        true => Ok(()),
+        false => Err(error.context("the result cannot be booted")),
+    })
 }
 
 /// The name means an image of the very same files: then it may mean this one, which only knows a later revision.

@@ -5,7 +5,7 @@ use std::io::{self, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use clawpot_core::ports::{BoxStream, Source};
+use clawpot_core::ports::{BoxStream, LARGEST_SOURCE, Source};
 use clawpot_types::{Digest, Error, Kind, Result, VmId};
 use futures_util::StreamExt as _;
 use sha2::{Digest as _, Sha256};
@@ -19,8 +19,8 @@ use crate::unpack::limits::Limits;
 use crate::unpack::tar::{Archive, What, shown};
 use crate::unpack::tree::clean;
 
-/// A flake is text that people wrote, and now and then a picture. Bytes of the archive, and entries in it.
-const ARCHIVE_LIMIT: u64 = 1 << 30;
+/// Of the archive, bytes, and of entries in it.
+const ARCHIVE_LIMIT: u64 = LARGEST_SOURCE.0 << 20;
 const ENTRIES: u64 = 200_000;
 /// Directories above one another.
 const DEPTH: usize = 64;
