@@ -10,6 +10,7 @@ vm_needs=(qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils ssh=openssh-cli
   lz4=lz4 zstd=zstd strip=binutils)
 python_needs=("/usr/lib/python3.*/ensurepip/__main__.py=python3-venv" /etc/ssl/certs/ca-certificates.crt=ca-certificates)
 registry_needs=(docker-registry=docker-registry skopeo=skopeo umoci=umoci openssl=openssl buildah=buildah)
+volume_needs=(mkfs.xfs=xfsprogs debugfs=e2fsprogs)
 lint_needs=(shellcheck=shellcheck)
 
 apt_get() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 "$@"; }

@@ -43,6 +43,7 @@ BASE = [
     "skopeo",
     "umoci",
     "buildah",
+    "xfsprogs",
 ]
 #: Besides that, what building Clawpot and its images needs.
 TOOLCHAIN = [

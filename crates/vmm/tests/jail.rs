@@ -173,6 +173,33 @@ async fn another_daemon_adopts() {
     place.nothing_left(&second.list().unwrap());
 }
 
+/// The daemon that started it died before it wrote down whom: the next one does when it takes it over.
+#[tokio::test]
+async fn a_vmm_whose_identity_was_not_written_down_is_identified() {
+    if !needs_root() {
+        return;
+    }
+    let place = Place::new();
+    let machine = place.machine();
+    let (first, first_consoles) = jails(&place);
+    first.prepare(&machine).await.unwrap();
+    let user = User { uid: machine.seat.uid, gid: machine.seat.gid };
+    first.start(&machine.id, LIMITS, move |_| Ok(shell("exec sleep 60").user(user))).await.unwrap();
+    let written = first.jail(&machine.id).unwrap().dir().join("process.json");
+    let identity = std::fs::read(&written).unwrap();
+    drop((first, first_consoles));
+    std::fs::remove_file(&written).unwrap();
+    let (second, consoles) = jails(&place);
+    assert!(matches!(second.inspect(&machine.id).await, Fact::Present(VmmFact::Running { .. })));
+    second.attach(&machine.id).unwrap();
+    assert_eq!(std::fs::read(&written).unwrap(), identity);
+    second.stop(&machine.id).unwrap();
+    second.exited(&machine.id).await;
+    second.destroy(&machine.id).await.unwrap();
+    consoles.erase(&machine.id.vm).await.unwrap();
+    place.nothing_left(&second.list().unwrap());
+}
+
 /// An administrator's doing, or a service manager's: its group is empty, and it lives.
 #[tokio::test]
 async fn a_vmm_moved_out_of_its_group_has_not_ended() {

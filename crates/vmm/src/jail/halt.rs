@@ -13,8 +13,8 @@ use clawpot_types::guest::AGENT_PORT;
 
 use crate::console::Consoles;
 
-/// Between two looks at a console that is being written to.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Between two looks at a console that is being written to, and two tries to end what has halted.
+pub(super) const PAUSE: Duration = Duration::from_secs(1);
 /// For the agent of a guest that lives to take a connection; an emulated one on a loaded host needs seconds.
 const PATIENCE: Duration = Duration::from_secs(10);
 

@@ -247,6 +247,7 @@ impl Jails {
 
     /// Sees to it that the console is drained and the limits hold, from now on. To be called inside a runtime.
     pub fn attach(&self, id: &MachineId) -> Result<()> {
+        process::identify(&self.jail(id)?).map_err(|error| error.context(format!("machine {id}: identifying it")))?;
         self.drain(id)?;
         self.confine(id)
     }
@@ -332,8 +333,9 @@ impl Jails {
         }
         tracing::info!(machine = %id, "its guest has halted: its VMM is ended");
         self.halted().insert(id.clone());
-        if let Err(error) = self.stop(id) {
+        while let Err(error) = self.stop(id) {
             tracing::warn!(machine = %id, error = error.chain(), "ending a machine whose guest has halted");
+            tokio::time::sleep(halt::PAUSE).await;
         }
         jail.left().await;
     }

@@ -36,17 +36,39 @@ where
     failpoint::reached(Point::VmmForked);
     let pid = child.pid();
     jails.children().insert(jail.id().clone(), Arc::new(child));
-    // A crash before this line leaves a process in the group, which is all that counts while it lives.
-    let text = match Identity::of(pid) {
-        Ok(identity) => serde_json::to_vec_pretty(&identity)
-            .map_err(|error| Error::new(Kind::Internal, "writing a process's identity").because(error))?,
+    // A crash before this line leaves a process in the group: see `identify`.
+    match Identity::of(pid) {
+        Ok(identity) => write_down(jail, &identity)?,
         // It ended at once; that it was there is what must be known.
-        Err(error) if error.kind() == Kind::NotFound => Vec::new(),
+        Err(error) if error.kind() == Kind::NotFound => replace_unsynced(&jail.process(), b"", 0o600)?,
         Err(error) => return Err(error),
-    };
-    replace_unsynced(&jail.process(), &text, 0o600)?;
+    }
     failpoint::reached(Point::VmmIdentified);
     Ok(())
+}
+
+fn write_down(jail: &Jail, identity: &Identity) -> Result<()> {
+    let text = serde_json::to_vec_pretty(identity)
+        .map_err(|error| Error::new(Kind::Internal, "writing a process's identity").because(error))?;
+    replace_unsynced(&jail.process(), &text, 0o600)
+}
+
+/// The daemon that started it died before it wrote down whom. From now on it is known wherever somebody moves it; before, out of
+/// its group it would be nobody's, and another started on the same disk.
+pub(super) fn identify(jail: &Jail) -> Result<()> {
+    if !matches!(identity(jail)?, Written::Nobody) {
+        return Ok(());
+    }
+    let members = jail.cgroup().members()?;
+    // Of several none can be told to be the first.
+    let [member] = members.as_slice() else { return Ok(()) };
+    match Identity::of(member.pid) {
+        // Else the number is another's by now.
+        Ok(identity) if jail.cgroup().holds(member.pid)? => write_down(jail, &identity),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == Kind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Why what lives in the machine's group is not the machine; `None`: it is, or is ending. It is somebody else's, who came by
