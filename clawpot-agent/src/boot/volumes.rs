@@ -1,11 +1,18 @@
 //! Extra disks: each an ext4 that is mounted at its place. One that cannot be ends the boot: a program would else write beside it.
 
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, File};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 use rustix::mount::{MountFlags, mount as mount_at};
 
 use super::cmdline::Mount;
 use super::{BootError, Doing, Volume, mounts};
+use crate::console::say;
+
+/// `_IOW('f', 16, __u64)` of linux/ext4.h: blocks that the file system is to have.
+const EXT4_IOC_RESIZE_FS: libc::c_ulong = 0x4008_6610;
 
 /// Mounts them, outer places before inner ones; those that are written to are given back, inner ones first.
 pub fn mount(volumes: &[Mount]) -> Result<Vec<Volume>, BootError> {
@@ -25,9 +32,55 @@ pub fn mount(volumes: &[Mount]) -> Result<Vec<Volume>, BootError> {
         };
         mount_at(device.as_str(), path.as_str(), "ext4", flags, options).doing(doing())?;
         if !read_only {
+            if let Err(error) = fill(device, path.as_str()) {
+                say(format_args!("{path}: its file system stays smaller than {device}: {error}"));
+            }
             written.push(Volume { path: path.clone(), root: mounts::open_root(path.as_str())? });
         }
     }
     written.reverse();
     Ok(written)
+}
+
+/// The disk may have been made larger. Grown while it is mounted, the file system is whole whatever happens meanwhile: its journal
+/// sees to it.
+fn fill(device: &str, path: &str) -> io::Result<()> {
+    let mut disk = File::open(device)?;
+    let size = disk.seek(SeekFrom::End(0))?;
+    let mut superblock = [0; 1024];
+    disk.read_exact_at(&mut superblock, 1024)?;
+    let Some(blocks) = missing(size, &superblock) else { return Ok(()) };
+    let root = File::open(path)?;
+    // SAFETY: a descriptor that lives, and the number that the call reads.
+    let grown = unsafe { libc::ioctl(root.as_raw_fd(), EXT4_IOC_RESIZE_FS, std::ptr::from_ref(&blocks)) };
+    if grown == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// How many blocks it would have on the whole of a disk of `size` bytes; `None`: it has them.
+fn missing(size: u64, superblock: &[u8; 1024]) -> Option<u64> {
+    let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|n| superblock[at + n]));
+    // s_blocks_count_lo, s_blocks_count_hi, s_log_block_size (Documentation/filesystems/ext4/super.rst).
+    let has = u64::from(word(0x4)) | u64::from(word(0x150)) << 32;
+    let block = 1024_u64.checked_shl(word(0x18)).filter(|block| *block != 0)?;
+    Some(size / block).filter(|could| *could > has)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_too_small_grows() {
+        let mut superblock = [0; 1024];
+        superblock[0x4..0x8].copy_from_slice(&65_536_u32.to_le_bytes());
+        superblock[0x18] = 2;
+        assert_eq!(missing(256 << 20, &superblock), None);
+        // Less than a block more is nothing.
+        assert_eq!(missing((256 << 20) + 4095, &superblock), None);
+        assert_eq!(missing(512 << 20, &superblock), Some(131_072));
+        superblock[0x150] = 1;
+        assert_eq!(missing(512 << 20, &superblock), None);
+        superblock[0x18] = 0xff;
+        assert_eq!(missing(512 << 20, &superblock), None, "whatever a superblock says");
+    }
 }

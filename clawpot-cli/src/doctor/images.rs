@@ -6,7 +6,7 @@ use super::check::Check;
 use super::tool;
 
 /// Of e2fsprogs: VMs' disks and images, volumes, results of builds.
-const PROGRAMS: [&str; 4] = ["mke2fs", "e2fsck", "resize2fs", "debugfs"];
+const PROGRAMS: [&str; 3] = ["mke2fs", "e2fsck", "debugfs"];
 
 pub fn e2fsprogs() -> Check {
     let missing: Vec<&str> = PROGRAMS.into_iter().filter(|program| tool::find(program).is_none()).collect();

@@ -289,7 +289,7 @@ async fn what_is_done_to_volumes_is_told() {
     house.faults.at(Method::VolumesGrow, 1, Injection::Error(Kind::Exhausted));
     service.resize_volume(name("db"), MiB(4096), "uid=7").await.unwrap_err();
     let view = service.get_volume(&name("db")).await.unwrap();
-    assert_eq!((view.record.size, view.record.unclean), (MiB(2048), true), "as its file is");
+    assert_eq!((view.record.size, view.record.unclean), (MiB(2048), false), "as its file is");
     let damaged = FakeFile { clean: false, damaged: true, ..FakeFile::new(MiB(2048)) };
     house.host.put_volume(view.record.id.clone(), damaged);
     let error = service.check_volume(name("db"), Check::Whole, "uid=7").await.unwrap_err();

@@ -1,5 +1,5 @@
-//! Volumes' files: sparse ext4 files that guests write and the host only hands on. What reads a guest's file system, `e2fsck` and
-//! `resize2fs`, runs confined ([`crate::unpack::program`]).
+//! Volumes' files: sparse ext4 files that guests write and the host only hands on. What reads a guest's file system, `e2fsck`,
+//! runs confined ([`crate::unpack::program`]); what grows it is the next guest's kernel, whose journal keeps it whole meanwhile.
 
 use std::fs::{File, Permissions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
@@ -20,7 +20,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use crate::disks::{RemovedOnDrop, blocking, make_ext4, no_room, put_in_place, sweep};
 use crate::unpack::program::{FILE, FILE_NAME, USER, VERB};
 
-/// How long a check or a resize may take: `e2fsck` reads every inode, some 4 GiB of them on the largest volume.
+/// How long a check may take: `e2fsck` reads every inode, some 4 GiB of them on the largest volume.
 const LIMIT: Duration = Duration::from_secs(1800);
 /// Between two looks whether a file is free.
 const AGAIN: Duration = Duration::from_millis(10);
@@ -75,7 +75,12 @@ impl LocalVolumes {
         back.map(|()| done)
     }
 
-    async fn fsck(&self, id: &VolumeId, args: &[&str]) -> Result<String> {
+    async fn fsck(&self, id: &VolumeId, how: Check) -> Result<String> {
+        let args: &[&str] = match how {
+            Check::Quick => &["-p"],
+            Check::Whole => &["-f", "-p"],
+            Check::Repair => &["-f", "-y"],
+        };
         let done = self.confined(id, "e2fsck", args).await?;
         match done.exit {
             // 1: corrected; 2: corrected, and a mounted one would need a reboot.
@@ -85,32 +90,14 @@ impl LocalVolumes {
             Exit::Code(0) => Ok("nothing was wrong".to_owned()),
             // 4: left uncorrected; 8: it could not even begin, as without a superblock. With 12 both.
             Exit::Code(4 | 8 | 12) if !lacks_room(&done) => {
-                let what = format!("its file system takes more repair than is done unasked: {}", said(&done));
+                let found = match how {
+                    Check::Repair => "its file system is beyond repair",
+                    _ => "its file system takes more repair than is done unasked",
+                };
+                let what = format!("{found}: {}", said(&done));
                 Err(Error::new(Kind::Corrupt, what))
             }
             exit => Err(Error::new(Kind::Internal, format!("e2fsck: {exit}: {}", said(&done)))),
-        }
-    }
-
-    /// The file system becomes as large as the file.
-    async fn fill(&self, id: &VolumeId) -> Result<()> {
-        // Without it resize2fs refuses; what it would correct is corrected.
-        self.fsck(id, &["-f", "-p"]).await?;
-        let done = self.confined(id, "resize2fs", &[]).await?;
-        match done.exit {
-            Exit::Code(0) => Ok(()),
-            exit => Err(Error::new(Kind::Internal, format!("resize2fs: {exit}: {}", said(&done)))),
-        }
-    }
-
-    /// After a resize that failed the file is as long as it was, where its file system is certainly no larger than that.
-    fn shorten(&self, id: &VolumeId, before: u64) -> Result<()> {
-        let path = self.path(id);
-        let what = || format!("shortening {} to what it was", path.display());
-        let file = File::options().read(true).write(true).open(&path).map_err(|error| Error::io(what(), error))?;
-        match extent(&file).map_err(|error| Error::io(what(), error))? {
-            Some(bytes) if bytes <= before => file.set_len(before).map_err(|error| Error::io(what(), error)),
-            _ => Ok(()),
         }
     }
 }
@@ -138,15 +125,15 @@ async fn lend(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// At least so long; what it was.
-fn lengthen(path: &Path, bytes: u64) -> Result<u64> {
+/// At least so long. Again is fine.
+fn lengthen(path: &Path, bytes: u64) -> Result<()> {
     let what = || format!("making {} longer", path.display());
     let file = File::options().write(true).open(path).map_err(|error| Error::io(what(), error))?;
     let before = file.metadata().map_err(|error| Error::io(what(), error))?.len();
     if before < bytes {
         file.set_len(bytes).and_then(|()| file.sync_all()).map_err(|error| Error::io(what(), error))?;
     }
-    Ok(before)
+    Ok(())
 }
 
 /// What it says that tells something, in one line: its errors, else its last words.
@@ -180,15 +167,12 @@ fn written(done: &Finished) -> String {
 }
 
 fn is_error(line: &str) -> bool {
-    line.starts_with("e2fsck: ") || line.starts_with("resize2fs: ")
+    line.starts_with("e2fsck: ")
 }
 
 /// Versions, decoration, and what to type on a device.
 fn is_noise(line: &str) -> bool {
-    line.starts_with("e2fsck 1.")
-        || line.starts_with("resize2fs 1.")
-        || line.contains("*****")
-        || line.starts_with("(i.e.")
+    line.starts_with("e2fsck 1.") || line.contains("*****") || line.starts_with("(i.e.")
 }
 
 fn one_line(text: &str) -> String {
@@ -197,18 +181,6 @@ fn one_line(text: &str) -> String {
 
 fn lacks_room(done: &Finished) -> bool {
     [&done.stdout, &done.stderr].iter().any(|text| String::from_utf8_lossy(text).contains("No space left on device"))
-}
-
-/// What an ext4 says that it takes, bytes; `None`: it is none.
-fn extent(file: &File) -> std::io::Result<Option<u64>> {
-    let mut superblock = [0; 1024];
-    file.read_exact_at(&mut superblock, 1024)?;
-    let long = |at: usize| u64::from(u32::from_le_bytes([0, 1, 2, 3].map(|n| superblock[at + n])));
-    let magic = u16::from_le_bytes([superblock[0x38], superblock[0x39]]);
-    // s_blocks_count_lo, s_blocks_count_hi, s_log_block_size. The high part counts where 64bit is on; elsewhere it is zero.
-    let blocks = long(0x4) | long(0x150) << 32;
-    let size = 1024u64.checked_shl(u32::try_from(long(0x18)).unwrap_or(u32::MAX));
-    Ok(size.and_then(|size| blocks.checked_mul(size)).filter(|_| magic == 0xEF53))
 }
 
 /// Whether an ext4 says that it was unmounted in order: `s_state` is "clean" without errors, and its journal needs no recovery.
@@ -275,27 +247,16 @@ impl Volumes for LocalVolumes {
         if how == Check::Quick && self.look(id).await?.is_some_and(|file| file.clean) {
             return Ok("nothing was wrong".to_owned());
         }
-        let args: &[&str] = match how {
-            Check::Quick => &["-p"],
-            Check::Whole => &["-f", "-p"],
-            Check::Repair => &["-f", "-y"],
-        };
-        self.fsck(id, args).await.map_err(|error| no_room(error, &self.dir))
+        self.fsck(id, how).await.map_err(|error| no_room(error, &self.dir))
     }
 
     async fn grow(&self, id: &VolumeId, size: MiB) -> Result<()> {
         let path = self.path(id);
         let what = format!("growing {} to {size}", path.display());
         let bytes = size.bytes().ok_or_else(|| Error::new(Kind::InvalidArgument, format!("{what}: too large")))?;
-        let before = blocking((), move || lengthen(&path, bytes)).await;
-        let before = before.map_err(|error| no_room(error, &self.dir).context(&what))?;
+        let longer = blocking((), move || lengthen(&path, bytes)).await;
         failpoint::reached(Point::VolumeLengthened);
-        let Err(error) = self.fill(id).await else { return Ok(()) };
-        let error = no_room(error, &self.dir).context(what);
-        Err(match self.shorten(id, before) {
-            Ok(()) => error,
-            Err(cleanup) => error.and_cleanup(cleanup),
-        })
+        longer.map_err(|error| no_room(error, &self.dir).context(what))
     }
 
     async fn remove(&self, id: &VolumeId) -> Result<()> {

@@ -62,7 +62,10 @@ async fn one_is_made_copied_grown_and_removed() {
     assert_eq!(volumes.check(&id(1), Check::Whole).await.unwrap(), "nothing was wrong");
     volumes.grow(&id(1), MiB(512)).await.unwrap();
     volumes.grow(&id(1), MiB(512)).await.unwrap();
-    assert_eq!((size_of(&path).await, size_of(&copy).await), (MiB(512), SIZE));
+    // Its file system is the next guest's to grow.
+    assert_eq!((size_of(&path).await, size_of(&copy).await), (SIZE, SIZE));
+    assert_eq!(volumes.look(&id(1)).await.unwrap().unwrap().size, MiB(512));
+    assert_eq!(volumes.check(&id(1), Check::Whole).await.unwrap(), "nothing was wrong");
     assert!(debugfs(&path, "ls").await.contains("kept"));
     let found = std::fs::metadata(&path).unwrap();
     assert_eq!((found.uid(), found.gid(), found.mode() & 0o777), (0, 0, 0o600), "taken back");
@@ -93,6 +96,10 @@ async fn what_is_in_disorder_is_checked() {
     let error = volumes.check(&id(1), Check::Quick).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Corrupt, "{}", error.chain());
     assert_eq!(std::fs::metadata(&path).unwrap().uid(), 0, "taken back");
+    // Nor a copy of them.
+    file.set_len(0).and_then(|()| file.set_len(SIZE.bytes().unwrap())).unwrap();
+    let error = volumes.check(&id(1), Check::Repair).await.unwrap_err();
+    assert!(error.kind() == Kind::Corrupt && error.chain().contains("beyond repair"), "{}", error.chain());
 }
 
 #[tokio::test]
@@ -132,7 +139,7 @@ async fn the_program_may_do_nothing_else() {
     assert!(!fine, "it starts no process: {said}");
 }
 
-/// A server was killed in the middle of a resize; its program goes on by itself, and the next server is there already.
+/// A server was killed in the middle of a check; its program goes on by itself, and the next server is there already.
 #[tokio::test]
 async fn what_a_dead_server_had_started_is_waited_for() {
     let Some((_dir, volumes)) = place() else { return };
@@ -140,10 +147,9 @@ async fn what_a_dead_server_had_started_is_waited_for() {
     let works = std::fs::File::open(volumes.path(&id(1))).unwrap();
     rustix::fs::flock(&works, rustix::fs::FlockOperation::LockExclusive).unwrap();
     let one = id(1);
-    let mut growing = std::pin::pin!(volumes.grow(&one, MiB(512)));
-    let early = tokio::time::timeout(std::time::Duration::from_secs(2), &mut growing).await;
+    let mut checking = std::pin::pin!(volumes.check(&one, Check::Whole));
+    let early = tokio::time::timeout(std::time::Duration::from_secs(2), &mut checking).await;
     assert!(early.is_err(), "beside the other: {early:?}");
     drop(works);
-    growing.await.unwrap();
-    assert_eq!(size_of(&volumes.path(&id(1))).await, MiB(512));
+    assert_eq!(checking.await.unwrap(), "nothing was wrong");
 }

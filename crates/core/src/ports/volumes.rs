@@ -21,8 +21,8 @@ pub trait Volumes: Send + Sync {
     /// `Corrupt`: that takes more than `how` allows.
     async fn check(&self, id: &VolumeId, how: Check) -> Result<String>;
 
-    /// File and file system become `size`; again is fine. Nobody has it meanwhile. When it fails, the file has the size that it
-    /// had, or `size` where the file system may be that large already.
+    /// The disk becomes `size`, and its file system when a machine mounts it to write; again is fine. Nobody has it meanwhile. When
+    /// it fails, it has the size that it had.
     async fn grow(&self, id: &VolumeId, size: MiB) -> Result<()>;
 
     /// Gone afterwards, also when it was before.

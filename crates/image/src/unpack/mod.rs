@@ -2,7 +2,7 @@
 //!
 //! - [`run`] its whole life: confine itself, take layers, become `mke2fs`; or take a disk and become `debugfs`
 //! - [`sandbox`] what it gives up · [`wire`] what it and the server say to each other
-//! - [`program`] its other life: `e2fsck` or `resize2fs` on a volume
+//! - [`program`] its other life: `e2fsck` on a volume
 //! - [`inflate`] decompress and hash, a thread of its own · [`layer`] read entries · [`mod@tar`] the archive
 //! - [`tree`] entries into files · [`limits`] how much
 //!

@@ -1,5 +1,5 @@
-//! `clawpot-unpack program PROGRAM ARGS…`: becomes a program that works on one open file whose content nobody trusts, `e2fsck` or
-//! `resize2fs` on a volume that a guest wrote. See [`super::sandbox::confine`] for what it cannot do.
+//! `clawpot-unpack program PROGRAM ARGS…`: becomes a program that works on one open file whose content nobody trusts, `e2fsck` on
+//! a volume that a guest wrote. See [`super::sandbox::confine`] for what it cannot do.
 
 use std::os::fd::RawFd;
 use std::process::ExitCode;

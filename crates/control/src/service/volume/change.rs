@@ -52,16 +52,12 @@ impl Service {
         let grown = self.deps.volumes.grow(&record.id, record.size).await;
         failpoint::reached(Point::VolumeGrown);
         let how = match &grown {
-            Ok(()) => {
-                record.unclean = false;
-                format!("resized to {}", record.size)
-            }
+            Ok(()) => format!("resized to {}", record.size),
             Err(error) => {
                 // The record says what the file has become.
                 if let Ok(Some(file)) = self.deps.volumes.look(&record.id).await {
                     record.size = file.size;
                 }
-                record.unclean = true;
                 format!("not resized, it has {}: {}", record.size, error.chain())
             }
         };
@@ -95,7 +91,8 @@ impl Service {
             let event = told(&this.deps, &record, "volume.ready", outcome, SERVER);
             let written = this.volume_ready(revision, &mut record, Some(event)).await;
             let written = written.inspect_err(|_| this.volume_in_doubt(&name));
-            let done = done.map_err(|error| needs_repair(error, &name).context(format!("volume {name}: {words}")))?;
+            let next = if how == Check::Repair { beyond_repair } else { needs_repair };
+            let done = done.map_err(|error| next(error, &name).context(format!("volume {name}: {words}")))?;
             written?;
             info!(%name, done, actor, "volume checked");
             Ok((this.view(record).await, done))
@@ -158,5 +155,15 @@ pub(super) fn needs_repair(error: Error, name: &VolumeName) -> Error {
     error.hint(format!(
         "keep a copy of it as it is (clawpot volume cp {name} {name}-damaged), then have it repaired: clawpot volume check {name} \
          --repair; files that lose their names come to lie in lost+found"
+    ))
+}
+
+/// What to do where a repair does not help either.
+fn beyond_repair(error: Error, name: &VolumeName) -> Error {
+    if error.kind() != Kind::Corrupt {
+        return error;
+    }
+    error.hint(format!(
+        "restore it from a backup; what `debugfs` can still read in a copy of its file may be saved, then: clawpot volume rm {name}"
     ))
 }
