@@ -207,7 +207,8 @@ impl Builds {
         match revision.and_then(|revision| revision.build) {
             Some(build) => self.bench.read_log(&build).await,
             None => {
-                Err(Error::new(Kind::NotFound, format!("image {image}: it was not built here, so that it has no log")))
+                Err(Error::new(Kind::NotFound, format!("image {image}: it was not built here, so that it has no log"))
+                    .hint(format!("what is known of where it came from: clawpot image inspect {image}")))
             }
         }
     }
