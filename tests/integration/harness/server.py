@@ -196,8 +196,10 @@ class Server:
             run("ip", "netns", "del", name, check=False)
             # What was mounted in a namespace of mounts that is gone leaves its name.
             Path("/run/netns", name).unlink(missing_ok=True)
-        for name in traces.links():
-            run("ip", "-n", self.world.host, "link", "del", name, check=False)
+        # A namespace of the world that is gone has taken its links with it.
+        with contextlib.suppress(RuntimeError):
+            for name in traces.links():
+                run("ip", "-n", self.world.host, "link", "del", name, check=False)
         for path in sorted(traces.cgroups(), key=lambda path: -len(path.parts)):
             if re.search(r"/[a-z0-9]{16}-\d+$", str(path)):
                 left.append(f"cgroup {path}")
