@@ -322,6 +322,14 @@ async fn tools_are_bounded() {
     assert_eq!(error.kind(), Kind::Timeout);
     assert!(started.elapsed() < Duration::from_secs(30));
 
+    // As much as it likes, and of it the two ends.
+    let ends = |script: &str| run(script).keep_ends(6).run();
+    assert_eq!(ends("printf 1234567890").await.unwrap(), b"1234567890");
+    assert_eq!(ends("printf 123456789012").await.unwrap(), b"123456789012");
+    assert_eq!(ends("printf 1234567890123").await.unwrap(), "123456\n[…]\n890123".as_bytes());
+    let long = ends("seq 1 1000000").await.unwrap();
+    assert_eq!(long, "1\n2\n3\n\n[…]\n00000\n".as_bytes(), "{}", String::from_utf8_lossy(&long));
+
     let error = run("cat /dev/zero").output_limit(100_000).run().await.unwrap_err();
     assert_eq!(error.kind(), Kind::Exhausted);
     assert_eq!(Tool::new("/nonexistent").run().await.unwrap_err().kind(), Kind::NotFound);

@@ -17,15 +17,10 @@ use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::lock::Lock;
+use crate::owners::Owners;
 use crate::unpack::limits::Limits;
 use crate::unpack::wire::{self, Order, ROOTFS, Report};
 
-/// Owners on the host of what helpers unpack: 64 ranges of 65,536 above those of machines (1,900,000,000 and up) and below 2³¹.
-const OWNERS_FROM: u32 = 2_000_000_000;
-const OWNERS: u32 = 65_536;
-const RANGES: u32 = 64;
-/// Which range is whose, for all servers of the host.
-const RANGES_DIR: &str = "/run/clawpot/unpack";
 /// What is kept of what the helper writes to stderr, bytes.
 const STDERR: u64 = 16 << 10;
 
@@ -117,7 +112,7 @@ impl Builder {
 
     pub(crate) fn start(&self) -> Result<(Helper, OwnedFd, File)> {
         let work = Work::make(&self.cache)?;
-        let owners = Owners::claim(Path::new(RANGES_DIR))?;
+        let owners = Owners::claim()?;
         std::os::unix::fs::chown(&work.dir, Some(owners.from), Some(owners.from))
             .map_err(|error| Error::io(format!("giving away {}", work.dir.display()), error))?;
         let failed = |errno: rustix::io::Errno| Error::io("preparing the helper", errno.into());
@@ -125,10 +120,11 @@ impl Builder {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).map_err(failed)?;
         let stderr = stderr().map_err(failed)?;
         let copy = stderr.try_clone().map_err(|error| Error::io("preparing the helper", error))?;
-        let spawn = Spawn::new(&self.helper).cwd(&work.dir).fd(theirs, wire::SOCKET).stderr(Output::To(copy.into()));
-        let child = spawn
-            .spawn()
-            .map_err(|error| error.hint("build it: cargo build -p clawpot-image; it stands beside clawpot-server"))?;
+        let spawn = Spawn::new(&self.helper).cwd(&work.dir).stderr(Output::To(copy.into()));
+        let child =
+            spawn.fd(theirs, wire::SOCKET).fd(owners.lock()?, wire::OWN).spawn().map_err(|error| {
+                error.hint("build it: cargo build -p clawpot-image; it stands beside clawpot-server")
+            })?;
         Ok((Helper { child: Some(child), work: Some(work), owners }, ours, stderr))
     }
 }
@@ -394,47 +390,6 @@ pub fn sweep(cache: &Path) -> Result<usize> {
         }
     }
     Ok(swept)
-}
-
-/// A range of owners that no other helper of this host has.
-#[derive(Clone, Debug)]
-pub(crate) struct Owners {
-    pub(crate) from: u32,
-    _held: std::sync::Arc<Lock>,
-}
-
-impl Owners {
-    fn claim(dir: &Path) -> Result<Self> {
-        for made in [dir.parent(), Some(dir)].into_iter().flatten() {
-            match std::fs::create_dir(made) {
-                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                    return Err(Error::io(format!("making the directory {}", made.display()), error));
-                }
-                _ => {}
-            }
-        }
-        for number in 0..RANGES {
-            if let Some(held) = Lock::try_exclusive(&dir.join(number.to_string()))? {
-                return Ok(Self { from: OWNERS_FROM + number * OWNERS, _held: std::sync::Arc::new(held) });
-            }
-        }
-        let what = format!("unpacking an image: all {RANGES} ranges of owners are in use");
-        Err(Error::new(Kind::Exhausted, what).hint("wait until other pulls and imports are done"))
-    }
-
-    /// Gives them to the user namespace of the process `pid`, a child of ours that waits for it.
-    pub(crate) fn map(&self, pid: u32) -> Result<()> {
-        for kind in ["uid_map", "gid_map"] {
-            let path = format!("/proc/{pid}/{kind}");
-            let line = format!("0 {} {OWNERS}\n", self.from);
-            std::fs::OpenOptions::new()
-                .write(true)
-                .open(&path)
-                .and_then(|mut file| std::io::Write::write_all(&mut file, line.as_bytes()))
-                .map_err(|error| Error::io(format!("writing {path}"), error))?;
-        }
-        Ok(())
-    }
 }
 
 /// The directory is root's again, and nobody else's to enter.

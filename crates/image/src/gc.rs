@@ -35,7 +35,7 @@ impl Store {
         self.prepare()?;
         // Scripts put blobs in before they put the name in.
         let _scripts =
-            Lock::exclusive_within(&self.cache().join("lock"), SCRIPTS, "a script that changes the image store")?;
+            Lock::public_within(&self.cache().join("lock"), SCRIPTS, "a script that changes the image store")?;
         let held = self.lock()?;
         let keep = self.keep(dry_run, all, &held)?;
         let mut sweep = Sweep { dry_run, collected: Collected::default() };

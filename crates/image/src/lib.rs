@@ -6,6 +6,7 @@
 //! - [`store`] where they are, names and digests to manifests; [`write`] changes to it; [`gc`] mark and sweep
 //! - [`refs`] who uses what, across processes; [`lock`] locks between them
 //! - [`build`] layers to a file system, by way of [`unpack`], a process of its own: `clawpot-unpack`
+//! - `owners` users of the host that such a process becomes
 //! - [`Bench`] the `Workbench` port: images that are built of flakes
 //! - [`kernel`] can it be started, and does it do there what a guest needs?
 //! - [`verify`] files are what their digest says; each is read once, not once a VM
@@ -25,6 +26,7 @@ mod library;
 pub mod lock;
 pub mod manifest;
 pub mod oci;
+mod owners;
 pub mod refs;
 pub mod store;
 pub mod unpack;

@@ -15,15 +15,22 @@ use clawpot_host::process::{Exit, Finished, Rlimits, Tool, find_program};
 use clawpot_types::{Error, Kind, MiB, Result, VolumeId};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
-use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
 use crate::disks::{RemovedOnDrop, blocking, make_ext4, no_room, put_in_place, sweep};
-use crate::unpack::program::{FILE, FILE_NAME, USER, VERB};
+use crate::owners::Owners;
+use crate::unpack::program::{FILE, FILE_NAME, OWN, VERB};
 
 /// How long a check may take: `e2fsck` reads every inode, some 4 GiB of them on the largest volume.
 const LIMIT: Duration = Duration::from_secs(1800);
-/// Between two looks whether a file is free.
+/// Between two looks whether a file is free, and a user.
 const AGAIN: Duration = Duration::from_millis(10);
+/// The fewest checks that run at once; on larger hosts one for each CPU. Each may come to take 4 GiB of memory, and what a guest wrote
+/// may keep one busy until its time is over: the others are not to wait for that.
+const AT_ONCE: usize = 4;
+/// Kept of the beginning and of the end of what a check says, bytes: of a file system in shreds it is a line for each inode.
+const SAID: usize = 64 << 10;
 
 /// The [`Volumes`] port over `STATE/volumes`.
 #[derive(Debug)]
@@ -31,8 +38,8 @@ pub struct LocalVolumes {
     dir: PathBuf,
     /// `clawpot-unpack`.
     helper: PathBuf,
-    /// One at a time: they all become the same user, and what one might capture must not meet another's file.
-    working: Arc<Mutex<()>>,
+    /// As many checks as may run at once.
+    turns: Arc<Semaphore>,
 }
 
 impl LocalVolumes {
@@ -43,34 +50,36 @@ impl LocalVolumes {
         let dir = state.join("volumes");
         fs::ensure_dir(&dir, 0o700)?;
         sweep(&dir)?;
-        Ok(Self { dir, helper: helper.to_owned(), working: Arc::default() })
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Ok(Self { dir, helper: helper.to_owned(), turns: Arc::new(Semaphore::new(cpus.max(AT_ONCE))) })
     }
 
-    async fn turn(&self) -> OwnedMutexGuard<()> {
-        Arc::clone(&self.working).lock_owned().await
-    }
-
-    /// Runs a program of e2fsprogs on the file, confined.
+    /// Runs a program of e2fsprogs on the file, confined, as a user that nobody else has: what one might capture meets no other's file.
     async fn confined(&self, id: &VolumeId, program: &str, args: &[&str]) -> Result<Finished> {
-        let turn = self.turn().await;
         let path = self.path(id);
         let what = format!("running {program} on {}", path.display());
         let found = find_program(program, std::env::var_os("PATH").as_deref())
             .map_err(|error| error.hint("install the package e2fsprogs"))?;
-        let file = lend(&path).await?;
+        // Before its turn, so that whoever waits for a file keeps nobody from another.
+        let file = alone(&path).await?;
+        let turn = self.turns.acquire().await;
+        let owners = owners().await.map_err(|error| error.context(what.clone()))?;
+        lend(&file, owners.from).map_err(|error| Error::io(what.clone(), error))?;
         let size = file.metadata().map_err(|error| Error::io(what.clone(), error))?.len();
         let rlimits = Rlimits { fsize: Some(size), ..Rlimits::default() };
+        let (user, own) = (owners.from.to_string(), owners.lock()?);
         let done = Tool::new(&self.helper)
-            .args([VERB.as_ref(), found.as_os_str()])
+            .args([VERB.as_ref(), user.as_ref(), found.as_os_str()])
             .args(args)
             .args([FILE_NAME])
             .timeout(LIMIT)
-            .with(|spawn| spawn.fd(file.into(), FILE).rlimits(rlimits))
+            .keep_ends(SAID)
+            .with(|spawn| spawn.fd(file.into(), FILE).fd(own, OWN).rlimits(rlimits))
             .finish()
             .await;
         let back =
             chown(&path, Some(0), Some(0)).map_err(|error| Error::io(format!("taking {} back", path.display()), error));
-        drop(turn);
+        drop((owners, turn));
         let done = done.map_err(|error| error.context(what))?;
         back.map(|()| done)
     }
@@ -89,7 +98,7 @@ impl LocalVolumes {
             Exit::Code(0) if written(&done).contains("? yes") => Ok(format!("corrected: {}", mended(&done))),
             Exit::Code(0) => Ok("nothing was wrong".to_owned()),
             // 4: left uncorrected; 8: it could not even begin, as without a superblock. With 12 both.
-            Exit::Code(4 | 8 | 12) if !lacks_room(&done) => {
+            Exit::Code(4 | 8 | 12) if !lacks_means(&done) => {
                 let found = match how {
                     Check::Repair => "its file system is beyond repair",
                     _ => "its file system takes more repair than is done unasked",
@@ -102,9 +111,22 @@ impl LocalVolumes {
     }
 }
 
-/// Opened to read and write, and the confined user's from here on. Locked for as long as anybody has it open: what a server that
-/// was killed had started is still at work on it, and would be beside the next.
-async fn lend(path: &Path) -> Result<File> {
+/// A user that nobody else on the host has. While all are somebody's one is waited for: a VM's start is not to fail for that.
+async fn owners() -> Result<Owners> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        match blocking((), Owners::claim).await {
+            Err(error) if error.kind() == Kind::Exhausted && Instant::now() < deadline => {
+                tokio::time::sleep(AGAIN).await;
+            }
+            done => return done,
+        }
+    }
+}
+
+/// Opened to read and write. Locked for as long as anybody has it open: what a server that was killed had started is still at work
+/// on it, and would be beside the next.
+async fn alone(path: &Path) -> Result<File> {
     let what = || format!("opening {}", path.display());
     let file = File::options().read(true).write(true).open(path).map_err(|error| Error::io(what(), error))?;
     let alone = async {
@@ -119,10 +141,13 @@ async fn lend(path: &Path) -> Result<File> {
         let what = format!("{}: another program has worked on it for {} s", path.display(), LIMIT.as_secs());
         Err(Error::new(Kind::Timeout, what).hint(format!("see which with `fuser -v {}`, and end it", path.display())))
     })?;
-    file.set_permissions(Permissions::from_mode(0o600))
-        .and_then(|()| std::os::unix::fs::fchown(&file, Some(USER), Some(USER)))
-        .map_err(|error| Error::io(what(), error))?;
     Ok(file)
+}
+
+/// The confined user's from here on.
+fn lend(file: &File, user: u32) -> std::io::Result<()> {
+    file.set_permissions(Permissions::from_mode(0o600))
+        .and_then(|()| std::os::unix::fs::fchown(file, Some(user), Some(user)))
 }
 
 /// At least so long. Again is fine.
@@ -153,7 +178,9 @@ fn mended(done: &Finished) -> String {
     let text = written(done);
     let answers: Vec<&str> = text.lines().filter_map(|line| line.trim().strip_suffix("? yes")).collect();
     let mut told = answers.iter().take(TOLD).copied().collect::<Vec<_>>().join("; ");
-    if answers.len() > TOLD {
+    if text.contains("\n[…]\n") {
+        told.push_str("; very many more");
+    } else if answers.len() > TOLD {
         told.push_str(&format!("; {} more", answers.len() - TOLD));
     }
     if text.contains("Connect to /lost+found? yes") {
@@ -166,8 +193,9 @@ fn written(done: &Finished) -> String {
     String::from_utf8_lossy(&[&done.stdout[..], &done.stderr[..]].concat()).replace(FILE_NAME, "volume")
 }
 
+/// By whatever path it was started.
 fn is_error(line: &str) -> bool {
-    line.starts_with("e2fsck: ")
+    line.split_once("e2fsck: ").is_some_and(|(path, _)| path.is_empty() || path.starts_with('/') && path.ends_with('/'))
 }
 
 /// Versions, decoration, and what to type on a device.
@@ -179,8 +207,15 @@ fn one_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).take(500).collect()
 }
 
-fn lacks_room(done: &Finished) -> bool {
-    [&done.stdout, &done.stderr].iter().any(|text| String::from_utf8_lossy(text).contains("No space left on device"))
+/// Whether it was the host that did not let it: the file system may be in the best of order.
+fn lacks_means(done: &Finished) -> bool {
+    let lacks = [
+        "No space left on device",
+        "Cannot allocate memory",
+        "Memory allocation failed",
+        "Resource temporarily unavailable",
+    ];
+    written(done).lines().filter(|line| is_error(line)).any(|line| lacks.iter().any(|lack| line.contains(lack)))
 }
 
 /// Whether an ext4 says that it was unmounted in order: `s_state` is "clean" without errors, and its journal needs no recovery.

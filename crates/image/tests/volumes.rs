@@ -122,7 +122,8 @@ async fn the_program_may_do_nothing_else() {
     std::fs::File::create(&own).unwrap();
     let file = || std::fs::File::options().read(true).write(true).open(&own).unwrap();
     let run = async |arguments: &[&str]| {
-        let tool = Tool::new(helper()).args(["program"]).args(arguments).with(|spawn| spawn.fd(file().into(), 3));
+        let tool = Tool::new(helper()).args(["program", "1899999998"]).args(arguments);
+        let tool = tool.with(|spawn| spawn.fd(file().into(), 3));
         let done = tool.finish().await.unwrap();
         (done.exit.is_success(), String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned())
     };
@@ -152,4 +153,58 @@ async fn what_a_dead_server_had_started_is_waited_for() {
     assert!(early.is_err(), "beside the other: {early:?}");
     drop(works);
     assert_eq!(checking.await.unwrap(), "nothing was wrong");
+}
+
+/// What a check reads of all but the smallest it reads with a thread for each CPU.
+#[tokio::test]
+async fn a_large_one_is_checked_as_well() {
+    let Some((_dir, volumes)) = place() else { return };
+    volumes.create(&id(1), MiB(16 << 10)).await.unwrap();
+    for how in [Check::Whole, Check::Repair] {
+        assert_eq!(volumes.check(&id(1), how).await.unwrap(), "nothing was wrong");
+    }
+}
+
+/// A line for each of 120,000 inodes: no reason to give up in the middle.
+#[tokio::test]
+async fn one_in_shreds_is_repaired_however_much_there_is_to_say() {
+    let Some((_dir, volumes)) = place() else { return };
+    volumes.create(&id(1), SIZE).await.unwrap();
+    let path = volumes.path(&id(1));
+    // As a guest may make it anew: without checksums every inode is looked at.
+    let mke2fs = Tool::new(find_program("mke2fs", None).unwrap());
+    let features = ["-q", "-F", "-t", "ext4", "-b", "4096", "-O", "^metadata_csum,^uninit_bg", "-N", "120000"];
+    mke2fs.args(features).args([&path]).run().await.unwrap();
+    let said = debugfs(&path, "show_super_stats").await;
+    let table = said.split("inode table at ").nth(1).unwrap().split_whitespace().next().unwrap();
+    let table: u64 = table.trim_end_matches(',').parse().unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    // Behind the first 64, the root and the journal among them; all groups' tables lie behind each other.
+    file.write_all_at(&vec![0xa5; 7_400 * 4096], (table + 4) * 4096).unwrap();
+    let done = volumes.check(&id(1), Check::Repair).await.unwrap();
+    assert!(done.starts_with("corrected: ") && done.contains("very many more"), "{done}");
+    assert_eq!(volumes.check(&id(1), Check::Whole).await.unwrap(), "nothing was wrong");
+}
+
+/// One that hangs, of whatever its guest made of it, keeps no other VM from its start.
+#[tokio::test]
+async fn checks_do_not_wait_for_each_other() {
+    let Some((_dir, volumes)) = place() else { return };
+    for n in [1, 2] {
+        volumes.create(&id(n), SIZE).await.unwrap();
+    }
+    let works = std::fs::File::open(volumes.path(&id(1))).unwrap();
+    rustix::fs::flock(&works, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let (one, two) = (id(1), id(2));
+    let hangs = volumes.check(&one, Check::Whole);
+    let other = async {
+        // The first has had its turn.
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        let done = tokio::time::timeout(std::time::Duration::from_secs(60), volumes.check(&two, Check::Whole)).await;
+        drop(works);
+        done
+    };
+    let (first, second) = tokio::join!(hangs, other);
+    assert_eq!(second.unwrap().unwrap(), "nothing was wrong");
+    assert_eq!(first.unwrap(), "nothing was wrong");
 }

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use clawpot_types::{Error, InstanceId, Kind, Result};
@@ -22,6 +23,9 @@ pub const BLOCKS_DIR: &str = "/run/clawpot/blocks";
 
 /// The instance's own copy, in its state directory: after a boot it asks for the same block again.
 const COPY: &str = "block.json";
+
+/// Among the claims, which are named by numbers.
+const LOCK: &str = "lock";
 
 const VERSION: u32 = 1;
 
@@ -207,11 +211,13 @@ fn encode(record: &Record) -> Result<Vec<u8>> {
     serde_json::to_vec(record).map_err(|error| Error::new(Kind::Internal, "writing a block claim").because(error))
 }
 
-/// Held until dropped. Another server holds it for milliseconds.
+/// Held until dropped. Another server holds it for milliseconds. Whoever can open what is locked can hold it for ever, so that nobody
+/// but root can; the claims themselves are for all to read (`clawpot doctor`).
 fn lock(dir: &Path) -> Result<File> {
     let what = || format!("locking {}", dir.display());
     std::fs::create_dir_all(dir).map_err(|error| Error::io(format!("making {}", dir.display()), error))?;
-    let file = File::open(dir).map_err(|error| Error::io(what(), error))?;
+    let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(dir.join(LOCK));
+    let file = file.map_err(|error| Error::io(what(), error))?;
     flock(&file, FlockOperation::LockExclusive).map_err(|errno| Error::io(what(), errno.into()))?;
     Ok(file)
 }
@@ -276,6 +282,24 @@ mod tests {
         assert_eq!(world.take(&a).unwrap().block(), first.block());
         first.give_up().unwrap();
         assert!(!world.blocks().join("0").exists() && world.blocks().join("1").exists());
+    }
+
+    /// A user of the host who locks what he can open keeps no server from its start.
+    #[test]
+    fn what_all_can_read_is_not_what_is_locked() {
+        use std::os::unix::fs::PermissionsExt as _;
+
+        let world = World::new();
+        let a = world.state("a");
+        world.take(&a).unwrap();
+        let directory = File::open(world.blocks()).unwrap();
+        let claim = File::open(path(&world.blocks(), 0)).unwrap();
+        for held in [&directory, &claim] {
+            flock(held, FlockOperation::LockExclusive).unwrap();
+        }
+        world.take(&a).unwrap();
+        let mode = std::fs::metadata(world.blocks().join(LOCK)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 
     #[test]

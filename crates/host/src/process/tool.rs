@@ -1,5 +1,6 @@
 //! Short-lived helper programs: `nft`, `mke2fs` and their like.
 
+use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -20,7 +21,16 @@ pub struct Tool {
     name: String,
     input: Vec<u8>,
     timeout: Duration,
-    output_limit: usize,
+    output: Keep,
+}
+
+/// How much is kept of what it writes to each stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keep {
+    /// So many bytes; more is an error.
+    All(usize),
+    /// So many of its beginning, and as many of its end.
+    Ends(usize),
 }
 
 /// What a tool said, and how it ended.
@@ -42,7 +52,7 @@ impl Tool {
             name,
             input: Vec::new(),
             timeout: Duration::from_secs(30),
-            output_limit: 4 << 20,
+            output: Keep::All(4 << 20),
         }
     }
 
@@ -74,7 +84,15 @@ impl Tool {
     /// Bytes kept of each stream; more is an error.
     #[must_use]
     pub fn output_limit(mut self, bytes: usize) -> Self {
-        self.output_limit = bytes;
+        self.output = Keep::All(bytes);
+        self
+    }
+
+    /// It may write as much as it likes. Kept of each stream are so many bytes of its beginning and as many of its end; where some are
+    /// missing between the two, a line `[…]` stands for them.
+    #[must_use]
+    pub fn keep_ends(mut self, bytes: usize) -> Self {
+        self.output = Keep::Ends(bytes);
         self
     }
 
@@ -90,8 +108,8 @@ impl Tool {
         let work = async {
             let (written, stdout, stderr) = tokio::join!(
                 feed(stdin_write, &self.input),
-                collect(stdout_read, self.output_limit),
-                collect(stderr_read, self.output_limit),
+                collect(stdout_read, self.output),
+                collect(stderr_read, self.output),
             );
             let (stdout, stderr) = (stdout?, stderr?);
             written?;
@@ -152,21 +170,32 @@ async fn feed(fd: OwnedFd, mut input: &[u8]) -> Result<()> {
     Ok(())
 }
 
-async fn collect(fd: OwnedFd, limit: usize) -> Result<Vec<u8>> {
+async fn collect(fd: OwnedFd, keep: Keep) -> Result<Vec<u8>> {
     let failed = |error| Error::io("reading its output", error);
     let pipe = watch(fd, Interest::READABLE)?;
-    let mut bytes = Vec::new();
+    let (mut bytes, mut end, mut cut) = (Vec::new(), VecDeque::<u8>::new(), false);
     let mut chunk = vec![0; 16 << 10];
     loop {
         let mut guard = pipe.readable().await.map_err(failed)?;
-        match guard.try_io(|pipe| rustix::io::read(pipe.as_fd(), &mut chunk[..]).map_err(Errno::into)) {
-            Ok(Ok(0)) => return Ok(bytes),
-            Ok(Ok(read)) if bytes.len() + read > limit => {
-                return Err(Error::new(Kind::Exhausted, format!("its output is over {limit} bytes")));
-            }
-            Ok(Ok(read)) => bytes.extend_from_slice(&chunk[..read]),
+        let read = match guard.try_io(|pipe| rustix::io::read(pipe.as_fd(), &mut chunk[..]).map_err(Errno::into)) {
+            Ok(Ok(0)) => break,
+            Ok(Ok(read)) => &chunk[..read],
             Ok(Err(error)) => return Err(failed(error)),
-            Err(_would_block) => {}
+            Err(_would_block) => continue,
+        };
+        let (Keep::All(limit) | Keep::Ends(limit)) = keep;
+        let (fits, more) = read.split_at(read.len().min(limit - bytes.len()));
+        bytes.extend_from_slice(fits);
+        if keep == Keep::All(limit) && !more.is_empty() {
+            return Err(Error::new(Kind::Exhausted, format!("its output is over {limit} bytes")));
         }
+        end.extend(more);
+        cut |= end.len() > limit;
+        end.drain(..end.len().saturating_sub(limit));
     }
+    if cut {
+        bytes.extend_from_slice("\n[…]\n".as_bytes());
+    }
+    bytes.extend(end);
+    Ok(bytes)
 }

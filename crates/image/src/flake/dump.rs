@@ -10,6 +10,7 @@ use clawpot_types::{Error, Kind, Result};
 
 use crate::build::{Builder, Work, blame, blocking, lines, report, take_back, unexpected, until_it_becomes};
 use crate::unpack::limits::Limits;
+use crate::unpack::sandbox::NO_LANDLOCK;
 use crate::unpack::wire::{self, Order, Report};
 
 /// `SIGXFSZ`: it wrote further than its limit lets it.
@@ -74,8 +75,10 @@ pub async fn dump(builder: &Builder, disk: &Path, files: &[&str], most: u64) -> 
 /// `debugfs` ends well whatever it met. A file that is not there is no matter of its; anything else it says means that what it read
 /// is not what was written.
 fn complaint(stderr: &File) -> Option<Error> {
-    // The first is its name and version, the second is of a name that it does not find.
-    let usual = |line: &str| line.starts_with("debugfs 1.") || line.contains("File not found by ext2_lookup");
+    // Its name and version; a name that it does not find; what the helper said before it became debugfs.
+    let usual = |line: &str| {
+        line.starts_with("debugfs 1.") || line.contains("File not found by ext2_lookup") || line == NO_LANDLOCK
+    };
     let said: Vec<_> = lines(stderr).into_iter().filter(|line| !usual(line)).take(5).collect();
     if said.is_empty() {
         return None;
@@ -96,5 +99,28 @@ fn dialog(socket: &OwnedFd, disk: &File, files: Vec<String>, most: u64) -> Resul
     match report(socket)? {
         Report::Making { .. } => until_it_becomes(socket),
         other => Err(unexpected(&other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn complaint_of(said: &str) -> Option<Error> {
+        let mut stderr = tempfile::tempfile().unwrap();
+        stderr.write_all(said.as_bytes()).unwrap();
+        complaint(&stderr)
+    }
+
+    #[test]
+    fn only_what_debugfs_says_of_the_disk_counts() {
+        let usual =
+            format!("{NO_LANDLOCK}\ndebugfs 1.47.0 (5-Feb-2023)\nfc-base.json: File not found by ext2_lookup \n");
+        assert!(complaint_of(&usual).is_none(), "a kernel without landlock builds as well");
+        let damaged = format!("{usual}dump: Ext2 file too big while reading the file\n");
+        assert_eq!(complaint_of(&damaged).unwrap().kind(), Kind::Corrupt);
+        assert_eq!(complaint_of("dump: No space left on device\n").unwrap().kind(), Kind::Exhausted);
     }
 }

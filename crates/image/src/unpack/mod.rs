@@ -106,10 +106,7 @@ fn dump(socket: BorrowedFd<'_>, disk: &OwnedFd) -> Result<()> {
         .map_err(|errno| Error::io("leaving the disk open", errno.into()))?;
     wire::send(socket, &Report::Making { bytes: 0, devices: 0, xattrs: 0 }, None)?;
     let path = format!("/proc/self/fd/{}", disk.as_raw_fd());
-    Err(become_program(
-        &[&debugfs, "-f", COMMANDS, &path],
-        &["LC_ALL=C".to_owned(), "DEBUGFS_PAGER=__none__".to_owned()],
-    ))
+    Err(become_program(&[&debugfs, "-f", COMMANDS, &path], &QUIET))
 }
 
 fn unexpected() -> Error {
@@ -156,9 +153,8 @@ fn make(socket: BorrowedFd<'_>, tree: Tree, uuid: &str, time: i64, mke2fs: &str)
         ROOTFS,
         &format!("{}K", bytes >> 10),
     ];
-    let environment =
-        ["LC_ALL=C".to_owned(), format!("E2FSPROGS_FAKE_TIME={time}"), format!("SOURCE_DATE_EPOCH={time}")];
-    Err(become_program(&arguments, &environment))
+    let (fake, epoch) = (format!("E2FSPROGS_FAKE_TIME={time}"), format!("SOURCE_DATE_EPOCH={time}"));
+    Err(become_program(&arguments, &["LC_ALL=C", &fake, &epoch]))
 }
 
 /// Of the file system: what its files take, their inodes, and a fifth of a tenth for what keeps account of them.
@@ -196,12 +192,14 @@ fn measure() -> Result<(u64, u64)> {
     Ok((bytes, inodes))
 }
 
+/// Of `debugfs` and `e2fsck`: plain words, no pager, and no 64 MiB of address space for each thread that asks for memory.
+const QUIET: [&str; 3] = ["LC_ALL=C", "DEBUGFS_PAGER=__none__", "MALLOC_ARENA_MAX=1"];
+
 /// Returns only if it fails.
-fn become_program(arguments: &[&str], environment: &[String]) -> Error {
+fn become_program(arguments: &[&str], environment: &[&str]) -> Error {
     let strings =
         |texts: Vec<&str>| -> Option<Vec<CString>> { texts.into_iter().map(|text| CString::new(text).ok()).collect() };
-    let environment = strings(environment.iter().map(String::as_str).collect());
-    let (Some(arguments), Some(environment)) = (strings(arguments.to_vec()), environment) else {
+    let (Some(arguments), Some(environment)) = (strings(arguments.to_vec()), strings(environment.to_vec())) else {
         return Error::new(Kind::Internal, "an argument with a NUL byte");
     };
     let pointers =

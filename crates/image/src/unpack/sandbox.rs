@@ -3,8 +3,8 @@
 //! It is root of a user namespace over 65,536 owners that nobody else has, so that files get their true owners without any
 //! privilege on the host; it has no network; it sees nothing of the file system but its directory and, to read, what
 //! `mke2fs` is made of; once its second thread runs ([`super::inflate`]) it can start nothing; its
-//! memory and the size of its files are limited. What becomes `debugfs` may start threads, which end with it, but no process
-//! ([`only_threads`]).
+//! memory and the size of its files are limited. What becomes `debugfs` or `e2fsck` may start threads, which end with it, but no
+//! process ([`only_threads`]).
 
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 
@@ -22,7 +22,11 @@ const MEMORY: u64 = 1 << 30;
 const CPU: u64 = 3600;
 /// Address space of a check, bytes: `e2fsck` keeps a few bits for each block and inode, some 1 GiB for the largest volume.
 const CHECK_MEMORY: u64 = 4 << 30;
+/// Of each thread of `debugfs` and `e2fsck`, bytes. The usual 8 MiB for each of a large host's CPUs would be most of their memory.
+const STACK: u64 = 1 << 20;
 const LANDLOCK: ABI = ABI::V5;
+/// Written to stderr where it is so; everything else goes on.
+pub const NO_LANDLOCK: &str = "clawpot-unpack: this kernel has no landlock; its user alone confines it";
 /// What `mke2fs` and the loader read.
 const READABLE: [&str; 7] = ["/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/nix/store"];
 
@@ -55,18 +59,24 @@ pub fn enter(file_size: u64, disk: Option<BorrowedFd<'_>>) -> Result<()> {
         (Resource::Fsize, file_size),
         (Resource::Nofile, 256),
         // Of this owner: itself and its second thread, until `alone`; or what debugfs needs.
-        (Resource::Nproc, if disk.is_some() { debugfs_threads() } else { 2 }),
+        (Resource::Nproc, if disk.is_some() { threads() } else { 2 }),
     ] {
         let limit = Rlimit { current: Some(most), maximum: Some(most) };
         rustix::process::setrlimit(resource, limit).map_err(|errno| failed("setting limits", errno))?;
     }
     rustix::thread::set_no_new_privs(true).map_err(|errno| failed("giving up new privileges", errno))?;
     landlock(disk)?;
-    if disk.is_some() { only_threads() } else { Ok(()) }
+    if disk.is_none() {
+        return Ok(());
+    }
+    let limit = Rlimit { current: Some(STACK), maximum: Some(STACK) };
+    rustix::process::setrlimit(Resource::Stack, limit).map_err(|errno| failed("setting limits", errno))?;
+    only_threads()
 }
 
-/// `debugfs` reads a large file system's bitmaps with a thread for each CPU, and gives up where it may not.
-fn debugfs_threads() -> u64 {
+/// `debugfs` and `e2fsck` read the bitmaps of all but the smallest file systems with a thread for each CPU, and give up where they
+/// may not.
+fn threads() -> u64 {
     // SAFETY: asks for a number.
     let cpus = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_CONF) };
     u64::try_from(cpus).unwrap_or_default().max(1) + 1
@@ -82,9 +92,13 @@ pub fn confine(user: u32, fd: RawFd) -> Result<()> {
     rustix::thread::set_thread_groups(&[]).map_err(|errno| failed("dropping groups", errno))?;
     rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(|errno| failed("becoming its group", errno))?;
     rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(|errno| failed("becoming its user", errno))?;
-    for (resource, most) in
-        [(Resource::As, CHECK_MEMORY), (Resource::Cpu, CPU), (Resource::Nofile, 64), (Resource::Nproc, 1)]
-    {
+    for (resource, most) in [
+        (Resource::As, CHECK_MEMORY),
+        (Resource::Cpu, CPU),
+        (Resource::Nofile, 64),
+        (Resource::Nproc, threads()),
+        (Resource::Stack, STACK),
+    ] {
         let limit = Rlimit { current: Some(most), maximum: Some(most) };
         rustix::process::setrlimit(resource, limit).map_err(|errno| failed("setting limits", errno))?;
     }
@@ -103,7 +117,7 @@ pub fn confine(user: u32, fd: RawFd) -> Result<()> {
     rules = rules.add_rule(PathBeneath::new(mounts.as_fd(), AccessFs::ReadFile)).map_err(refused)?;
     restrict(readable(rules)?)?;
     std::mem::forget(mounts);
-    Ok(())
+    only_threads()
 }
 
 /// From here on no process or thread can be started: of this owner there is the helper. Without it something that the image
@@ -223,7 +237,7 @@ fn restrict(rules: RulesetCreated) -> Result<()> {
     let refused = |error: landlock::RulesetError| Error::new(Kind::Internal, "sandbox: landlock").because(error);
     let status = rules.restrict_self().map_err(refused)?;
     if status.ruleset == RulesetStatus::NotEnforced {
-        eprintln!("clawpot-unpack: this kernel has no landlock; its user alone confines it");
+        eprintln!("{NO_LANDLOCK}");
     }
     Ok(())
 }

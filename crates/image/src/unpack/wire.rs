@@ -15,6 +15,8 @@ use super::limits::Limits;
 
 /// The helper finds its end of the socket here, and the directory that it works in as its current one.
 pub const SOCKET: i32 = 3;
+/// Open as long as the helper lives, or what it has become: the lock on its owners.
+pub const OWN: i32 = 4;
 /// In that directory: the tree, and the file system made of it.
 pub const TREE: &str = "tree";
 pub const ROOTFS: &str = "rootfs";

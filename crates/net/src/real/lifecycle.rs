@@ -35,7 +35,8 @@ fn nothing_is_left_of_a_slot_and_then_of_the_instance() {
         net.give_up().await.unwrap();
         let rules = Tool::new(paths().nft).args(["list", "ruleset"]).run().await.unwrap();
         assert_eq!(String::from_utf8_lossy(&rules), "");
-        assert_eq!(std::fs::read_dir(world.blocks()).unwrap().count(), 0);
+        let claims = std::fs::read_dir(world.blocks()).unwrap().map(|entry| entry.unwrap().file_name());
+        assert_eq!(claims.collect::<Vec<_>>(), ["lock"]);
         let resolver = std::net::UdpSocket::bind((net.resolver().address, 53));
         assert_eq!(resolver.unwrap_err().kind(), std::io::ErrorKind::AddrNotAvailable);
     });
@@ -51,6 +52,16 @@ fn slots_that_are_not_ours_to_give() {
             assert_eq!(net.ensure(slot).await.unwrap_err().kind(), Kind::InvalidArgument);
         }
         net.warm(&[Slot(1023)]).await;
+    });
+}
+
+/// Every user of the host can open the directory of names, and lock it for ever.
+#[test]
+fn a_locked_directory_of_names_keeps_no_server_from_its_start() {
+    on_host(async |world| {
+        let names = std::fs::File::open(crate::NETNS_DIR).unwrap();
+        rustix::fs::flock(&names, rustix::fs::FlockOperation::LockExclusive).unwrap();
+        world.open("a").await.ensure(Slot(0)).await.unwrap();
     });
 }
 
