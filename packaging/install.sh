@@ -127,7 +127,7 @@ put_back() {
 remove_files() {
   local file
   for file in "${binaries[@]}" "${configuration[@]}" "${completions[@]}" "$manuals"/man1/clawpot{,-*}.1 "$manuals/man8/clawpot-server.8"; do
-    rm -f -- "$destdir$file"
+    rm -f -- "$destdir$file" "$(half "$destdir$file")"
   done
   # The names of pages are this version's; those of an older one go too.
   find "$destdir$manuals/man1" -maxdepth 1 -name 'clawpot-*.1' -delete 2>/dev/null || true
@@ -145,12 +145,27 @@ build_and_gather() {
   gather
 }
 
+# half FILE: what it is called until it is whole. Nobody reads units, settings or pages of such a name.
+half() { printf '%s/.%s.new' "${1%/*}" "${1##*/}"; }
+
+# lay TREE: its files, all beside their places and then each in its place at once. So a server that is started meanwhile finds the old
+# program or the new one, and what fails (a full disk) leaves the old version as it was.
+lay() {
+  local tree=$1 mode file halves=() files=()
+  while read -r mode file; do
+    files+=("$destdir/$file") halves+=("$(half "$destdir/$file")")
+    if ! install -D -m "$mode" -o root -g root -- "$tree/$file" "${halves[-1]}"; then
+      rm -f -- "${halves[@]}" || true
+      die "$destdir/$file could not be written; nothing was replaced" "see the line above, then install again"
+    fi
+  done < <(cd -- "$tree" && find . -type f -printf '%m %P\n')
+  sync -- "${halves[@]}"
+  for file in "${files[@]}"; do mv -fT -- "$(half "$file")" "$file"; done
+}
+
 # place TREE [--enable]: its files, and what they need of this host. The directories that are there stay as they are.
 place() {
-  local tree=$1 mode file
-  while read -r mode file; do
-    install -D -m "$mode" -o root -g root -- "$tree/$file" "$destdir/$file"
-  done < <(cd -- "$tree" && find . -type f -printf '%m %P\n')
+  lay "$1"
   if [[ -n $destdir ]]; then return; fi
   need_packages "${run_needs[@]}"
   activate

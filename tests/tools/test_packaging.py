@@ -1,8 +1,10 @@
 """packaging/: what the unit may not say, and what `make install` lays down and takes away. Nothing of this host is changed."""
 
 import configparser
+import ctypes
 import os
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -163,6 +165,71 @@ def test_install_lays_down_and_uninstall_takes_away(make, tmp_path, prefix, kin)
     assert done.returncode == 0, done.stderr
     assert files(dest) == {f"{prefix}/bin/other"}
     assert Path("/proc/sys/net/ipv4/ip_forward").read_text() == before
+
+
+def tree_of(tmp_path: Path, version: str) -> Path:
+    """As `install.sh` gathers it."""
+    tree = tmp_path / version
+    for name in ("bin/clawpot", "sbin/clawpot-server", "sbin/clawpot-unpack", "lib/systemd/system/clawpot.service"):
+        file = tree / "usr/local" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(version)
+    return tree
+
+
+def place(tree: Path, dest: Path) -> subprocess.CompletedProcess[str]:
+    words = [str(PACKAGING / "install.sh"), "place", str(tree)]
+    return subprocess.run(words, env={**os.environ, "DESTDIR": str(dest)}, capture_output=True, text=True, check=False)
+
+
+def events_in(directory: Path, act) -> set[tuple[str, str]]:
+    """What inotify(7) tells of the files in it while `act` runs."""
+    kinds = {0x2: "modified", 0x40: "moved away", 0x80: "moved in", 0x100: "created", 0x200: "deleted"}
+    libc = ctypes.CDLL(None, use_errno=True)
+    handle = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        assert libc.inotify_add_watch(handle, os.fsencode(directory), sum(kinds)) >= 0
+        act()
+        told, at, seen = os.read(handle, 1 << 20), 0, set()
+        while at < len(told):
+            _, mask, _, length = struct.unpack_from("iIII", told, at)
+            name = told[at + 16 : at + 16 + length].rstrip(b"\0").decode()
+            seen |= {(word, name) for kind, word in kinds.items() if mask & kind}
+            at += 16 + length
+        return seen
+    finally:
+        os.close(handle)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="what is installed is root's")
+def test_each_file_is_the_old_one_or_the_new_one(tmp_path):
+    """Whoever starts a program while it is replaced must not find none, nor half of it."""
+    dest = tmp_path / "dest"
+    assert place(tree_of(tmp_path, "1.0"), dest).returncode == 0
+    done: list[subprocess.CompletedProcess[str]] = []
+    seen = events_in(dest / "usr/local/sbin", lambda: done.append(place(tree_of(tmp_path, "2.0"), dest)))
+    assert done[0].returncode == 0, done[0].stderr
+    names = {"clawpot-server", "clawpot-unpack"}
+    assert {event for event in seen if event[1] in names} == {("moved in", name) for name in names}
+    assert {file.read_text() for file in dest.rglob("*") if file.is_file()} == {"2.0"}
+    assert len(files(dest)) == 4
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="what is installed is root's")
+def test_what_fails_leaves_the_old_version_as_it_was(tmp_path):
+    dest = tmp_path / "dest"
+    assert place(tree_of(tmp_path, "1.0"), dest).returncode == 0
+    before = files(dest)
+    tree = tree_of(tmp_path, "2.0")
+    # No file can be made below a file.
+    for name in ("a", "zz"):
+        (dest / name).write_text("1.0")
+        (tree / name).mkdir()
+        (tree / name / "file").write_text("2.0")
+    done = place(tree, dest)
+    assert done.returncode != 0 and "nothing was replaced" in done.stderr, done.stderr
+    assert {file.read_text() for file in dest.rglob("*") if file.is_file()} == {"1.0"}
+    assert files(dest) == before | {"/a", "/zz"}
 
 
 @pytest.mark.parametrize("verb", ["install", "uninstall"])
