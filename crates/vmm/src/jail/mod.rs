@@ -59,6 +59,9 @@ pub const VSOCK: &str = "v.sock";
 /// For what was killed to end, and between two tries of what failed.
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// Between two looks whether a machine's process is still in its group: some dozen system calls.
+const ASTRAY: Duration = Duration::from_secs(5);
+
 /// Every machine of one VMM in one state directory. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Jails {
@@ -138,9 +141,19 @@ impl Jail {
         self.dir.join(VSOCK)
     }
 
-    /// Until its group is empty: it has ended, or somebody moved it out.
+    /// Until it has ended, or somebody moved it out of its group. That empties the group, and is told at once, unless a thread
+    /// of the kernel's own is left there, as KVM puts one beside Firecracker: then it is seen by looking.
     async fn left(&self) {
-        while let Err(error) = self.cgroup.empty().await {
+        loop {
+            let error = match tokio::time::timeout(ASTRAY, self.cgroup.empty()).await {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => error,
+                Err(_elapsed) => match process::outside(self) {
+                    Ok(Some(_)) => return,
+                    Ok(None) => continue,
+                    Err(error) => error,
+                },
+            };
             tracing::warn!(machine = %self.id, error = error.chain(), "waiting for a machine's end");
             tokio::time::sleep(PAUSE).await;
         }
@@ -317,8 +330,12 @@ impl Jails {
         // What this daemon started is known for as long as it lives there.
         let own = child.filter(|child| clawpot_host::process::is_alive(&**child).unwrap_or(false));
         let own = own.map_or(Ok(false), |child| jail.cgroup().holds(child.pid()))?;
-        if !own && let Some(why) = process::strange(jail)? {
-            return Ok(VmmFact::Unproven { why });
+        if !own {
+            // A thread of the kernel's may be all that is left in its group.
+            let why = process::strange(jail)?.or(process::outside(jail)?.map(|outside| outside.why));
+            if let Some(why) = why {
+                return Ok(VmmFact::Unproven { why });
+            }
         }
         Ok(VmmFact::Running { attached: self.inner.consoles.is_drained(jail.id()) })
     }
