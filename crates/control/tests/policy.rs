@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clawpot_control::service::create::CreateVm;
 use clawpot_core::{Desired, Phase, Reason, RestartPolicy, VmmEnd};
-use clawpot_testkit::Boot;
+use clawpot_testkit::{Boot, Injection, Method};
 use clawpot_types::{Incarnation, Kind, Millis, Revision, VmId};
 use support::{House, refused, wanted};
 
@@ -250,6 +250,30 @@ async fn a_time_to_live_stops_a_vm_or_removes_it() {
         assert_eq!(house.phase(&id), Some(Phase::Running));
         house.until(&id, Some(Phase::Stopped)).await;
     }
+}
+
+/// It was not ended yet: it goes on, and how it really ends is what is told.
+#[tokio::test(start_paused = true)]
+async fn a_start_takes_the_end_of_a_time_to_live_back() {
+    let house = House::new().await;
+    let body = CreateVm { ttl: Some(Millis(60_000)), ..wanted("web") };
+    let id = house.try_create("web", &body).await.unwrap();
+    house.until(&id, Some(Phase::Running)).await;
+    // That its time is over is written down, and that it is being stopped not yet.
+    house.faults.at(Method::StoreTxn, 2, Injection::Delay(Duration::from_secs(5)));
+    tokio::time::sleep(Duration::from_secs(61)).await;
+    assert_eq!((house.phase(&id), house.record(&id).desired), (Some(Phase::Running), Desired::Stopped));
+    house.service().start("web", "uid=7").await.unwrap();
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    let record = house.record(&id);
+    assert_eq!((record.phase, record.incarnation, &record.exit), (Phase::Running, Incarnation(1), &None));
+    assert!(house.host.kill_vmm(&id));
+    house.until(&id, Some(Phase::Failed)).await;
+    assert_eq!(exit(&house, &id), (Reason::VmmDied, "host".to_owned()));
+    let exits = told(&house, &id).await.into_iter().filter(|line| line.starts_with("vm.exit"));
+    assert_eq!(exits.collect::<Vec<_>>(), ["vm.exit by host: vmm-died: the VMM ended by itself: killed by signal 9"]);
+    house.delete(&id).await;
+    house.check_empty();
 }
 
 #[tokio::test(start_paused = true)]

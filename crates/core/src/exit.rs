@@ -246,23 +246,27 @@ impl VmRecord {
         true
     }
 
-    /// As [`Self::note_exit`], for a machine that ends because somebody said so.
+    /// As [`Self::note_exit`], for a machine that is ended because somebody said so, or because its time to live was over. Not before it
+    /// is: until then a start takes it back.
     pub fn note_wish(&mut self, reason: Reason, now: Timestamp) -> bool {
         let by = self.intent_by.clone();
+        // Whoever wanted something since said so in `intent_by`.
+        if self.ttl.is_some() && self.expires_at.is_none() && by == SERVER {
+            return self.note_exit(Reason::TtlOver, SERVER, "its time to live was over".to_owned(), now);
+        }
         let message = format!("{} by {by}", if reason == Reason::Deleted { "deleted" } else { "stopped" });
         self.note_exit(reason, &by, message, now)
     }
 
     /// What is wanted once the time to live is over: the VM stops, or goes where it was to be removed when done.
     #[must_use]
-    pub fn expired(&self, now: Timestamp) -> Self {
+    pub fn expired(&self) -> Self {
         let mut next = self.clone();
         next.desired = if self.remove_when_done { Desired::Deleted } else { Desired::Stopped };
         next.generation = self.generation.next();
         next.intent_by = SERVER.to_owned();
         next.restart = self.restart.afresh();
         next.expires_at = None;
-        next.note_exit(Reason::TtlOver, SERVER, "its time to live was over".to_owned(), now);
         next
     }
 

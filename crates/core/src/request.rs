@@ -44,7 +44,7 @@ pub enum Answer {
 pub const fn answer(request: Request, phase: Phase, desired: Desired) -> Answer {
     use Phase as P;
     match (request, phase, desired) {
-        (Request::Force, _, Desired::Deleted) => Answer::Ignore,
+        // Also of one that is being deleted: its guest may still be waited for.
         (Request::Force, _, _) => Answer::Accept,
         (Request::Delete, P::Quarantined, _) => Answer::Deny("it is quarantined; delete it with --force"),
         (_, P::Quarantined, _) => Answer::Deny("it is quarantined: its record or identity cannot be trusted"),

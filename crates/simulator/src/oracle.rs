@@ -360,9 +360,8 @@ fn change(before: &VmRecord, after: &VmRecord) -> Option<String> {
         return Some(format!("its delete was undone: it is wanted {:?}", after.desired));
     }
     // A VM that ended by itself is wanted no more; nobody's word changed.
-    // How it ended may have been known before, as where it was quarantined meanwhile.
-    let ended = after.exit.as_ref().is_some_and(|exit| exit.incarnation == after.incarnation);
-    let gave_up = edge && after.phase == Phase::Stopping && after.desired == Desired::Stopped && ended;
+    let news = after.exit != before.exit;
+    let gave_up = edge && after.phase == Phase::Stopping && after.desired == Desired::Stopped && news;
     let unasked = after.desired != before.desired && after.generation == before.generation;
     if after.generation < before.generation || (unasked && !gave_up) {
         let intents = format!("{:?} → {:?}", before.desired, after.desired);

@@ -122,10 +122,9 @@ impl Runner {
 
     /// Its time to live is over. The intent changes, the phase does not: as if its owner had asked.
     pub(super) async fn expire(&self, revision: Revision, record: &VmRecord) -> Result<()> {
-        let next = record.expired(self.deps.clock.now());
+        let next = record.expired();
         let wanted = format!("its time to live is over: {:?} from now on", next.desired).to_lowercase();
-        let mut events = vec![event(&self.deps, &next, "vm.expire", wanted, SERVER)];
-        events.extend(self.exit_event(record, &next));
+        let events = vec![event(&self.deps, &next, "vm.expire", wanted, SERVER)];
         info!(vm = %next.id, name = %next.name, "its time to live is over");
         if self.records.swap(revision, next, events, Durability::Full).await?.is_some() {
             failpoint::reached(Point::Expired);

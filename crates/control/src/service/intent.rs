@@ -122,6 +122,9 @@ impl Service {
             };
             let mut asked = (*record).clone();
             set(&mut asked, self.deps.clock.now());
+            if request == Request::Force && record.desired == Desired::Deleted && asked == *record {
+                return Ok((revision, record));
+            }
             let done = match desired {
                 Some(desired) => set_desired(&self.deps, &self.records, (revision, asked), desired, actor).await,
                 None => set_life(&self.deps, &self.records, (revision, asked), actor).await,

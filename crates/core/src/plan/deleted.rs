@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use clawpot_types::Millis;
+
 use super::{Next, Step, View};
 use crate::{Fact, Phase};
 
@@ -9,7 +11,9 @@ pub(super) fn plan(view: &View<'_>) -> Next {
     if view.record.phase != Phase::Deleting {
         return Next::Become { phase: Phase::Deleting, limit: unmounting(view) };
     }
-    if let Some(next) = view.ask_down().or_else(|| view.tear_down()) {
+    // Who deletes by force, also after all, waits for no guest.
+    let asked = if view.record.stop_grace == Millis(0) { None } else { view.ask_down() };
+    if let Some(next) = asked.or_else(|| view.tear_down()) {
         return next;
     }
     for (fact, step) in [(&view.facts.disk, Step::RemoveDisk), (&view.facts.traces, Step::RemoveTraces)] {
@@ -29,8 +33,8 @@ fn unmounting(view: &View<'_>) -> Option<Duration> {
     match record.phase {
         _ if !record.spec.writes_volumes() => None,
         Phase::Running => Some(record.stop_grace.into()),
-        // It was asked already.
-        Phase::Stopping => record.deadline.map(|deadline| deadline.since(view.now)),
+        // It was asked already; by force it has no more time.
+        Phase::Stopping => record.deadline.map(|deadline| deadline.since(view.now).min(record.stop_grace.into())),
         _ => None,
     }
 }

@@ -280,7 +280,7 @@ impl World {
             Next::Do(step) => self.carry_out(step),
             Next::Become { phase, limit } => self.become_phase(phase, limit),
             Next::End { why } => self.end(&Cause::of(&why)),
-            Next::Expire => self.record = Some(self.record().expired(self.now)),
+            Next::Expire => self.record = Some(self.record().expired()),
             Next::Remove => self.happen(Event::Asked(Request::Delete)),
             Next::Forget => {
                 assert!(!blind, "forgotten although something could not be seen: {facts:?}");
