@@ -16,6 +16,7 @@ pub async fn start(deps: Deps) -> Result<Service> {
     // Before anything can be asked for: no new VM gets a slot of which something is left.
     let strays = keep::stray_slots(&service).await;
     service.block(&strays);
+    keep::look_for_strays(&service).await;
     service.recover_volumes().await;
     let rows = service.records.rows_after(None);
     for (id, row) in &rows {

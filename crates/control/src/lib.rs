@@ -6,7 +6,7 @@
 //! - [`live`] what only this daemon's memory knows of a VM: its endpoint, its clients
 //! - [`builds`] images of flakes, each in a VM that is made for it by [`service`] and always removed
 //! - [`adopt`] at start: every record gets its runner, unreadable ones are shown and left alone
-//! - `keep` what has no owner goes, after a grace time
+//! - `keep` what has no owner goes, after a grace time · `strays` until then it keeps volumes from others
 //!
 //! Architecture Invariant: nothing here names a driver, reads a clock other than the port's, or iterates a hash map.
 
@@ -18,6 +18,7 @@ pub mod live;
 pub mod records;
 pub mod runner;
 pub mod service;
+mod strays;
 
 pub use adopt::start;
 pub use builds::{Build, BuildProgress, Builds, build_name};

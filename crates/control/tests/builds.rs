@@ -16,7 +16,7 @@ use clawpot_core::ports::{
     LARGEST_SOURCE, LaidOut, Revision, Source, Workbench,
 };
 use clawpot_core::{DiskSource, Reach};
-use clawpot_testkit::FakeImages;
+use clawpot_testkit::{FakeImages, Injection, Method};
 use clawpot_types::{Digest, Error, Kind, MiB, Result, Vcpus, VmId};
 use futures_util::StreamExt as _;
 use support::House;
@@ -303,6 +303,56 @@ async fn one_that_nobody_waits_for_ends_and_so_does_one_whose_vm_is_deleted() {
             assert!(error.chain().contains("its VM ended"), "{}", error.chain());
         }
     }
+    check_empty(&house, &bench);
+}
+
+/// One user who never sends what was announced does not keep everybody else from building.
+#[tokio::test(start_paused = true)]
+async fn builds_of_one_user_leave_places_to_others() {
+    let house = House::with_slots(16).await;
+    let (builds, bench) = workshop(&house, Does::Builds).await;
+    let silent = || builds.build(wanted(), Box::pin(futures_util::stream::pending()), "uid=1000");
+    let mut held: Vec<_> = std::iter::repeat_with(silent).take(6).collect();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let mut more = silent();
+    let refused = more.next().await.unwrap().unwrap_err();
+    assert_eq!(refused.kind(), Kind::Exhausted);
+    assert!(refused.chain().contains("of uid=1000"), "{}", refused.chain());
+    ended(&builds, wanted()).await.1.unwrap();
+    held.truncate(5);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut again = silent();
+    assert!(matches!(again.next().await, Some(Ok(BuildProgress::Step(_)))));
+    drop((held, again));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    check_empty(&house, &bench);
+}
+
+/// Its end may take days, until somebody has looked after it: neither the client nor the builds after it wait so long.
+#[tokio::test(start_paused = true)]
+async fn one_whose_vm_cannot_be_proven_to_be_its_own_ends() {
+    let house = House::new().await;
+    let (builds, bench) = workshop(&house, Does::NeverEnds).await;
+    let mut progress = begin(&builds, wanted());
+    let vm = in_its_vm(&house, &mut progress).await;
+    house.faults.always(Method::VmmStop, Injection::Error(Kind::Internal));
+    house.service().delete(vm.as_str(), false, "uid=0").await.unwrap();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    house.host.intrude(&vm, true);
+    let waiting = async {
+        loop {
+            if let Some(Err(error)) = progress.next().await {
+                return error;
+            }
+        }
+    };
+    let error = tokio::time::timeout(Duration::from_secs(600), waiting).await.expect("it waits for ever");
+    assert!(error.cleanup().is_some_and(|failed| failed.chain().contains("it is quarantined")), "{}", error.chain());
+    house.faults.heal(Method::VmmStop);
+    house.host.intruders_leave();
+    house.until(&vm, None).await;
+    // Its files: as the next server finds them.
+    builds.clear_up().await;
     check_empty(&house, &bench);
 }
 

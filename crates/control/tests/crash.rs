@@ -351,3 +351,39 @@ async fn an_intent_that_nobody_heard_of_is_followed() {
     house.delete(&id).await;
     house.check_empty();
 }
+
+/// Not only the first time; also where the doubt comes while the store is slow to answer an earlier one, with what was true before.
+#[tokio::test(start_paused = true)]
+async fn what_nobody_heard_of_is_found_out_each_time() {
+    let house = House::new().await;
+    let id = house.running("web").await;
+    let unheard = |done: Injection| {
+        house.faults.at(Method::StoreTxn, 1, done);
+        house.faults.at(Method::StoreList, 1, Injection::Error(Kind::Unavailable));
+    };
+    let (done, not_done) = (Injection::ErrorAfter(Kind::Unavailable), Injection::Error(Kind::Unavailable));
+    for _ in 0..3 {
+        unheard(done);
+        refused(house.service().stop(id.as_str(), Millis(0), "uid=0").await);
+        house.until(&id, Some(Phase::Stopped)).await;
+        unheard(done);
+        refused(house.service().start(id.as_str(), "uid=0").await);
+        house.until(&id, Some(Phase::Running)).await;
+    }
+    unheard(not_done);
+    house.faults.at(Method::StoreList, 2, Injection::DelayAfter(Duration::from_secs(10)));
+    refused(house.service().stop(id.as_str(), Millis(0), "uid=0").await);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    unheard(done);
+    refused(house.service().stop(id.as_str(), Millis(0), "uid=0").await);
+    house.until(&id, Some(Phase::Stopped)).await;
+    // Of one that is gone nothing is asked for ever, and nothing comes back.
+    unheard(done);
+    refused(house.service().delete(id.as_str(), false, "uid=0").await);
+    house.until(&id, None).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let asked = house.faults.count(Method::StoreList);
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert_eq!(house.faults.count(Method::StoreList), asked);
+    house.check_empty();
+}

@@ -7,8 +7,7 @@ mod support;
 use std::time::Duration;
 
 use clawpot_control::Row;
-use clawpot_core::Phase;
-use clawpot_core::ports::{Op, StateStore as _, Txn};
+use clawpot_core::{Phase, VmRecord};
 use clawpot_types::{Kind, VmId};
 use support::{House, refused, wanted};
 
@@ -112,9 +111,7 @@ async fn stray_machines_end_after_the_grace_time() {
     let mut house = House::new().await;
     let id = house.running("lost").await;
     let known = house.running("known").await;
-    let keys = [format!("vms/{id}"), "names/lost".to_owned(), format!("slots/{:05}", house.record(&id).slot.0)];
-    let ops = keys.into_iter().map(|key| Op::Delete { key }).collect();
-    house.store.txn(Txn { ops, ..Txn::default() }).await.unwrap();
+    house.forget(&id).await;
     house.restart().await;
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert_eq!(house.host.living().len(), 2, "nothing is ended within the grace time");
@@ -145,6 +142,49 @@ async fn a_machine_of_a_later_incarnation_is_a_stray_too() {
     house.delete(&id).await;
     // Not the contracts: the network is the record's, which has no machine any more, and goes before the stray does.
     assert_eq!(house.host.left_behind(), Vec::<String>::new());
+}
+
+/// Likewise, of a VM that was just being started then: nothing would keep its machine from that disk and that slot.
+#[tokio::test(start_paused = true)]
+async fn a_vm_gets_no_machine_beside_a_stray_one_of_its_own() {
+    let mut house = House::new().await;
+    let id = house.running("web").await;
+    let backup = VmRecord { phase: Phase::Preparing, ..(*house.record(&id)).clone() };
+    house.stop(&id).await;
+    house.start(&id).await;
+    house.store.scribble(&format!("vms/{id}"), &backup.encode().unwrap());
+    house.restart().await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let living = |house: &House| house.host.living().iter().map(|machine| machine.incarnation.0).collect::<Vec<_>>();
+    assert_eq!((house.phase(&id), living(&house)), (Some(Phase::Preparing), vec![2]), "the stray one still runs");
+    tokio::time::sleep(GRACE).await;
+    house.until(&id, Some(Phase::Running)).await;
+    assert_eq!(living(&house), [1]);
+    house.delete(&id).await;
+    house.check_empty();
+}
+
+/// A stray machine that cannot be ended keeps its slot, and what is in it, until it can.
+#[tokio::test(start_paused = true)]
+async fn the_slot_of_a_stray_machine_that_stays_is_given_to_nobody() {
+    let mut house = House::with_slots(2).await;
+    let id = house.running("lost").await;
+    let slot = house.record(&id).slot;
+    house.forget(&id).await;
+    house.host.intrude(&id, true);
+    house.restart().await;
+    tokio::time::sleep(GRACE * 10).await;
+    let next = house.running("next").await;
+    assert_ne!(house.record(&next).slot, slot);
+    let error = refused(house.try_create("third", &wanted("third")).await);
+    assert_eq!(error.kind(), Kind::Exhausted, "{}", error.chain());
+    assert_eq!(house.host.living().len(), 2, "it is let be");
+    house.host.intruders_leave();
+    tokio::time::sleep(GRACE).await;
+    assert_eq!(house.host.living().len(), 1);
+    let third = house.running("third").await;
+    assert_eq!(house.record(&third).slot, slot);
+    house.check_contracts();
 }
 
 /// A process in the machine's group that nobody can tell from its own: shown with the reason, and nothing is done to it.

@@ -13,7 +13,7 @@ use clawpot_core::volume::VolumeState;
 use clawpot_core::{DiskSource, ExtraDisk, Phase};
 use clawpot_testkit::volumes::FakeFile;
 use clawpot_testkit::{Injection, Method, Shutdown};
-use clawpot_types::{Error, Kind, MiB, Result, VmId, VolumeId, VolumeName};
+use clawpot_types::{Error, Kind, MiB, Millis, Result, VmId, VolumeId, VolumeName};
 use support::{House, wanted};
 
 const SIZE: MiB = MiB(1024);
@@ -221,6 +221,30 @@ async fn a_delete_lets_the_guest_unmount_what_it_writes_to() {
     assert_eq!(house.faults.count(Method::GuestShutdown), 4);
 }
 
+/// Whoever says --force after a stop or a delete whose guest takes its time has not said it for nothing.
+#[tokio::test(start_paused = true)]
+async fn a_delete_by_force_waits_for_no_guest_that_was_asked_before() {
+    let house = House::new().await;
+    make(&house, "db").await;
+    house.host.set_shutdown(Shutdown::Ignored);
+    for deleted in [false, true] {
+        let vm = create(&house, &format!("deleted-{deleted}"), &[("db", false)]).await.unwrap();
+        house.until(&vm, Some(Phase::Running)).await;
+        house.service().stop(vm.as_str(), Millis(3_600_000), "uid=0").await.unwrap();
+        house.until(&vm, Some(Phase::Stopping)).await;
+        if deleted {
+            house.service().delete(vm.as_str(), false, "uid=0").await.unwrap();
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            assert_eq!(house.phase(&vm), Some(Phase::Deleting), "its guest has the time that the stop gave it");
+        }
+        let asked = tokio::time::Instant::now();
+        house.service().delete(vm.as_str(), true, "uid=0").await.unwrap();
+        house.until(&vm, None).await;
+        assert!(asked.elapsed() < Duration::from_millis(200), "{:?}", asked.elapsed());
+    }
+    house.check_contracts();
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_full_disk_leaves_nothing() {
     let house = House::new().await;
@@ -374,4 +398,147 @@ async fn what_a_death_leaves_is_put_in_order() {
     }
     let grown = house.host.volume_files().into_iter().find(|(id, _)| *id != unknown).unwrap().1;
     assert_eq!(grown.size, MiB(2048));
+}
+
+/// The store is older than a machine that writes to a volume, and says that nobody has it.
+#[tokio::test(start_paused = true)]
+async fn nobody_gets_a_volume_while_a_machine_that_no_record_knows_may_write_to_it() {
+    for seen in [true, false] {
+        let mut house = House::new().await;
+        make(&house, "db").await;
+        let backup = house.store.row("volumes/db").unwrap();
+        let lost = create(&house, "lost", &[("db", false)]).await.unwrap();
+        house.until(&lost, Some(Phase::Running)).await;
+        house.forget(&lost).await;
+        house.store.scribble("volumes/db", &backup);
+        if !seen {
+            house.faults.always(Method::VmmList, Injection::Error(Kind::Internal));
+        }
+        house.restart().await;
+        let service = house.service().clone();
+        for error in [
+            create(&house, "next", &[("db", false)]).await.unwrap_err(),
+            create(&house, "next", &[("db", true)]).await.unwrap_err(),
+            service.check_volume(name("db"), Check::Whole, "uid=0").await.unwrap_err(),
+            service.resize_volume(name("db"), MiB(2048), "uid=0").await.unwrap_err(),
+            service.copy_volume(name("db"), name("copy"), "uid=0").await.unwrap_err(),
+            service.delete_volume(name("db"), "uid=0").await.unwrap_err(),
+        ] {
+            let why = if seen { "which no record knows" } else { "not known yet" };
+            assert_eq!(error.kind(), Kind::FailedPrecondition, "{}", error.chain());
+            assert!(error.chain().contains(why) && error.next_step().is_some(), "{}", error.chain());
+        }
+        house.faults.heal(Method::VmmList);
+        // Longer than the settings' `stray_grace`, and one more look.
+        tokio::time::sleep(Duration::from_secs(40)).await;
+        assert_eq!(house.host.living(), []);
+        // It was not unmounted, whatever its record said.
+        let next = create(&house, "next", &[("db", false)]).await.unwrap();
+        house.until(&next, Some(Phase::Running)).await;
+        assert_eq!(house.host.volume_files().values().next().unwrap().checks, 1);
+        house.check_contracts();
+    }
+}
+
+/// As after [`nobody_gets_a_volume_while_a_machine_that_no_record_knows_may_write_to_it`], where the host was restarted meanwhile.
+#[tokio::test(start_paused = true)]
+async fn a_file_that_was_not_unmounted_is_checked_whatever_its_record_says() {
+    let mut house = House::new().await;
+    make(&house, "db").await;
+    let vm = create(&house, "reader", &[("db", true)]).await.unwrap();
+    house.until(&vm, Some(Phase::Running)).await;
+    house.stop(&vm).await;
+    let id = house.service().get_volume(&name("db")).await.unwrap().record.id;
+    house.host.put_volume(id, FakeFile { clean: false, ..FakeFile::new(SIZE) });
+    house.restart().await;
+    assert!(house.service().get_volume(&name("db")).await.unwrap().record.unclean);
+    house.start(&vm).await;
+    assert_eq!(house.host.volume_files().values().next().unwrap().checks, 1);
+    house.check_contracts();
+}
+
+/// A start that comes while something is done to a volume begins when that is over.
+#[tokio::test(start_paused = true)]
+async fn a_start_waits_for_what_is_being_done_to_a_volume() {
+    let house = House::new().await;
+    make(&house, "db").await;
+    let vm = create(&house, "web", &[("db", false)]).await.unwrap();
+    house.until(&vm, Some(Phase::Running)).await;
+    for method in [Method::VolumesGrow, Method::VolumesCheck, Method::VolumesCopy] {
+        house.stop(&vm).await;
+        house.faults.at(method, 1, Injection::Delay(Duration::from_secs(100)));
+        let service = house.service().clone();
+        let doing = tokio::spawn(async move {
+            match method {
+                Method::VolumesGrow => service.resize_volume(name("db"), MiB(2048), "uid=0").await.map(drop),
+                Method::VolumesCheck => service.check_volume(name("db"), Check::Whole, "uid=0").await.map(drop),
+                _ => service.copy_volume(name("db"), name("copy"), "uid=0").await.map(drop),
+            }
+        });
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        house.service().start(vm.as_str(), "uid=0").await.unwrap();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(house.phase(&vm), Some(Phase::Preparing), "{method:?}");
+        house.until(&vm, Some(Phase::Running)).await;
+        doing.await.unwrap().unwrap();
+    }
+    // Nor does its time to live, or a delete.
+    house.stop(&vm).await;
+    let service = house.service().clone();
+    house.faults.at(Method::VolumesGrow, 1, Injection::Delay(Duration::from_secs(1000)));
+    let doing = tokio::spawn(async move { service.resize_volume(name("db"), MiB(4096), "uid=0").await.map(drop) });
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    house.service().start(vm.as_str(), "uid=0").await.unwrap();
+    house.until(&vm, Some(Phase::Preparing)).await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    house.service().keep(vm.as_str(), Some(Millis(20_000)), "uid=0").await.unwrap();
+    tokio::time::sleep(Duration::from_secs(22)).await;
+    assert_eq!(house.phase(&vm), Some(Phase::Stopped), "its time to live was over");
+    house.service().start(vm.as_str(), "uid=0").await.unwrap();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    house.service().delete(vm.as_str(), false, "uid=0").await.unwrap();
+    tokio::time::timeout(Duration::from_secs(1), house.until(&vm, None)).await.expect("it does not wait");
+    doing.await.unwrap().unwrap();
+    house.check_contracts();
+}
+
+/// It is shown, its file stays, and its name is free again when somebody says so.
+#[tokio::test(start_paused = true)]
+async fn a_record_that_cannot_be_read_is_shown_and_has_a_way_out() {
+    for damaged in [true, false] {
+        let house = House::new().await;
+        make(&house, "db").await;
+        make(&house, "db-2").await;
+        let vm = create(&house, "web", &[("db", false)]).await.unwrap();
+        house.until(&vm, Some(Phase::Running)).await;
+        if damaged {
+            house.store.damage("volumes/db");
+        } else {
+            let record = String::from_utf8(house.store.row("volumes/db").unwrap()).unwrap();
+            house.store.scribble("volumes/db", record.replace("\"ready\"", "\"purple\"").as_bytes());
+        }
+        let service = house.service();
+        let (volumes, unreadable) = service.list_volumes().await.unwrap();
+        assert_eq!((volumes.len(), unreadable[0].0.as_str()), (1, "volumes/db"));
+        for error in [
+            service.get_volume(&name("db")).await.map(drop).unwrap_err(),
+            service.delete_volume(name("db"), "uid=0").await.unwrap_err(),
+        ] {
+            assert_eq!(error.kind(), Kind::Corrupt);
+            assert!(error.next_step().unwrap().contains("clawpot volume rm --force db"), "{}", error.chain());
+        }
+        let error = service.delete_volume_by_force(name("db"), "uid=7").await.unwrap_err();
+        assert!(error.chain().contains("VM web has it"), "{}", error.chain());
+        house.delete(&vm).await;
+        let files = house.host.volume_files();
+        service.delete_volume_by_force(name("db"), "uid=7").await.unwrap();
+        assert_eq!(house.host.volume_files(), files, "its file stays");
+        let told =
+            house.store.all_events().into_iter().any(|event| event.kind == "volume.gone" && event.actor == "uid=7");
+        assert_eq!(told, !damaged, "without an id there is none to tell of");
+        make(&house, "db").await;
+        // Of one that can be read it is a removal like any other.
+        service.delete_volume_by_force(name("db-2"), "uid=7").await.unwrap();
+        assert_eq!(house.host.volume_files().len(), 2);
+    }
 }

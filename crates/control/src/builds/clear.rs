@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use clawpot_core::{DiskSource, VmRecord};
-use clawpot_types::{Kind, Result, VmId};
+use clawpot_core::{DiskSource, Phase, VmRecord};
+use clawpot_types::{Error, Kind, Result, VmId};
 use tracing::{info, warn};
 
 use super::{Builds, build_name};
@@ -22,7 +22,7 @@ impl Builds {
         self.bench.clear(build).await
     }
 
-    /// Until it is gone. Not forever: what stays is removed by its time to live, or by the next server.
+    /// Until it is gone, or quarantined. Not forever: what stays is removed by its time to live, or by the next server.
     async fn remove_vm(&self, vm: &VmId, actor: &str) -> Result<()> {
         let mut attempts = 0;
         loop {
@@ -35,7 +35,16 @@ impl Builds {
             attempts += 1;
             tokio::time::sleep(RETRY).await;
         }
-        self.service.until(vm, |row| row.is_none()).await
+        let over = |row: Option<Row>| row.is_none_or(|row| row.phase() == Phase::Quarantined);
+        self.service.until(vm, over).await?;
+        match self.service.records().get(vm) {
+            None => Ok(()),
+            // Who looks after it may take days, for which no client and no place among the builds waits.
+            Some(_) => {
+                Err(Error::new(Kind::FailedPrecondition, format!("VM {vm}: it is quarantined, and not removed"))
+                    .hint(format!("see why: clawpot inspect {vm}")))
+            }
+        }
     }
 
     /// What builds of servers that are gone have left: their VMs, then their files. What there is, is looked at in this call,
@@ -67,7 +76,7 @@ impl Builds {
     }
 
     async fn clear_files(&self, build: &VmId) {
-        let used = self.running().contains(build)
+        let used = self.running().contains_key(build)
             || self.service.records().rows_after(None).iter().any(|(_, row)| match row {
                 // Who knows what it has.
                 Row::Unreadable { .. } => true,

@@ -12,7 +12,7 @@ mod clear;
 mod diary;
 mod one;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -33,6 +33,8 @@ use crate::service::event;
 
 /// At once; each has a VM and up to a gibibyte of sources.
 const AT_ONCE: usize = 8;
+/// Of these, for one user: whoever sends slowly, or nothing at all, leaves some to others.
+const OF_ONE: usize = 6;
 /// Messages that wait for a slow client. The guest waits too.
 const AHEAD: usize = 32;
 /// Characters of an event.
@@ -77,8 +79,8 @@ pub struct Builds {
     bench: Arc<dyn Workbench>,
     guest: Arc<dyn BuilderGuest>,
     places: Arc<Semaphore>,
-    /// Whose files a clear-up leaves alone.
-    running: Arc<Mutex<BTreeSet<VmId>>>,
+    /// Whose files a clear-up leaves alone, and who asked for it.
+    running: Arc<Mutex<BTreeMap<VmId, String>>>,
 }
 
 impl std::fmt::Debug for Builds {
@@ -125,7 +127,7 @@ impl Builds {
             return Err(Error::new(Kind::Exhausted, what).hint("wait until one is done"));
         };
         let id = self.service.deps().ids.vm_id();
-        self.running().insert(id.clone());
+        self.begin(&id, actor)?;
         let diary = Diary::new(&*self.bench, &id);
         let done = self.held(build, archive, actor, say, &diary).await;
         diary.end(&done).await;
@@ -213,7 +215,17 @@ impl Builds {
         }
     }
 
-    fn running(&self) -> std::sync::MutexGuard<'_, BTreeSet<VmId>> {
+    fn begin(&self, id: &VmId, actor: &str) -> Result<()> {
+        let mut running = self.running();
+        if running.values().filter(|other| *other == actor).count() >= OF_ONE {
+            let what = format!("build: {OF_ONE} builds of {actor} are running already");
+            return Err(Error::new(Kind::Exhausted, what).hint("wait until one is done"));
+        }
+        running.insert(id.clone(), actor.to_owned());
+        Ok(())
+    }
+
+    fn running(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmId, String>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -10,8 +10,9 @@ use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_types::{Error, Kind, Millis, Result};
 use tracing::info;
 
-use super::{Runner, wants};
+use super::{LONGEST_SLEEP, Runner};
 use crate::live::Link;
+use crate::records::Row;
 use crate::service::volume;
 
 /// What a guest's processes get to end by themselves where the VM is deleted and only its volumes have to be unmounted.
@@ -64,21 +65,40 @@ impl Runner {
     }
 
     async fn prepare(&self, record: &VmRecord) -> Result<()> {
-        // To check a volume may take half an hour, for which neither a delete nor the server's end waits.
+        // To wait for a volume or to check it may take half an hour, for which neither a delete nor the server's end waits.
         let machine = tokio::select! {
             biased;
-            machine = self.machine(record, true) => machine?,
+            machine = self.machine_alone(record) => machine?,
             () = self.given_up(record) => return Ok(()),
         };
         self.vmm(record)?.prepare(&machine).await
     }
 
-    /// Something else is wanted of the VM than `record` says, or the server goes. Takes wake-ups: another look must follow.
+    /// Nobody that no record knows writes to its disk or its volumes, which are made ready for it.
+    async fn machine_alone(&self, record: &VmRecord) -> Result<Machine> {
+        let has_volumes = volume::volumes_of(record).next().is_some();
+        let tell = |why: &str| info!(vm = %record.id, name = %record.name, why, "its machine is not made yet");
+        self.strays.out_of_the_way(&record.machine(), has_volumes, tell).await;
+        self.machine(record, true).await
+    }
+
+    /// Something else is wanted of the VM than `record` says, its time to live is over, or the server goes. Takes wake-ups:
+    /// another look must follow.
     async fn given_up(&self, record: &VmRecord) {
         let mut leaving = self.leaving.clone();
         let changed = async {
-            while wants(&self.records, &self.id) == Some(record.desired) {
-                self.wake.notified().await;
+            loop {
+                let now = self.deps.clock.now();
+                let expires_at = match self.records.get(&self.id) {
+                    Some(Row::Known { record: found, .. }) if found.desired == record.desired => found.expires_at,
+                    _ => return,
+                };
+                if expires_at.is_some_and(|at| at <= now) {
+                    return;
+                }
+                let left = expires_at.map_or(LONGEST_SLEEP, |at| at.since(now).min(LONGEST_SLEEP));
+                // A timeout is as good a reason to look again as a wake-up.
+                let _woken = tokio::time::timeout(left, self.wake.notified()).await.is_ok();
             }
         };
         tokio::select! {

@@ -18,6 +18,7 @@ use tracing::{debug, warn};
 
 use crate::live::Lives;
 use crate::records::{Records, Row};
+use crate::strays::Strays;
 use crate::{Deps, service};
 
 /// How long a step that had to be repeated rests first; doubled up to the limits' `retry`.
@@ -31,6 +32,7 @@ pub(crate) struct Runner {
     pub(crate) deps: Deps,
     pub(crate) records: Arc<Records>,
     pub(crate) lives: Arc<Lives>,
+    pub(crate) strays: Arc<Strays>,
     pub(crate) id: VmId,
     pub(crate) wake: Arc<Notify>,
     /// Becomes true when the daemon goes; VMs stay.

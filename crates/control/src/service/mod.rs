@@ -28,6 +28,7 @@ use crate::Deps;
 use crate::live::Lives;
 use crate::records::Records;
 use crate::runner::Runner;
+use crate::strays::Strays;
 
 /// What the API calls. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -35,6 +36,7 @@ pub struct Service {
     pub(crate) deps: Deps,
     pub(crate) records: Arc<Records>,
     pub(crate) lives: Arc<Lives>,
+    pub(crate) strays: Arc<Strays>,
     shared: Arc<Shared>,
 }
 
@@ -70,7 +72,7 @@ impl Service {
             leaving: watch::channel(false).0,
             tasks: Mutex::new(Vec::new()),
         };
-        Self { deps, records, lives: Arc::default(), shared: Arc::new(shared) }
+        Self { deps, records, lives: Arc::default(), strays: Arc::default(), shared: Arc::new(shared) }
     }
 
     #[must_use]
@@ -93,6 +95,7 @@ impl Service {
             deps: self.deps.clone(),
             records: self.records.clone(),
             lives: self.lives.clone(),
+            strays: self.strays.clone(),
             id: id.clone(),
             wake,
             leaving: self.shared.leaving.subscribe(),
@@ -127,7 +130,8 @@ impl Service {
 
     /// Housekeeping ends with the runners.
     pub(crate) fn keep_house(&self, strays: BTreeSet<Slot>) {
-        self.until_leaving(crate::keep::keep(self.clone(), strays));
+        self.until_leaving(crate::keep::end_strays(self.clone(), strays));
+        self.until_leaving(crate::keep::forget_requests(self.clone()));
     }
 
     /// A task that ends with the runners.

@@ -6,10 +6,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use clawpot_control::records::{name_key, slot_key, vm_key};
 use clawpot_control::service::create::CreateVm;
 use clawpot_control::{Deps, Row, Service, Settings, Vmms, start};
 use clawpot_core::exec::{ExecEnd, ExecInput, ExecOutput, ExecStart};
-use clawpot_core::ports::Vmm;
+use clawpot_core::ports::{Op, StateStore as _, Txn, Vmm};
 use clawpot_core::{Phase, RestartPolicy, VmRecord, VmmKind};
 use clawpot_testkit::{
     FakeClock, FakeConsole, FakeGuest, FakeHost, FakeIds, FakeImages, FakeNet, FakeRoom, FakeStore, FakeVmm,
@@ -147,6 +148,14 @@ impl House {
     pub async fn delete(&self, id: &VmId) {
         self.service().delete(id.as_str(), false, "uid=0").await.unwrap();
         self.until(id, None).await;
+    }
+
+    /// As in a store that is older than the VM: what there is of it is on the host.
+    pub async fn forget(&self, id: &VmId) {
+        let record = self.record(id);
+        let keys = [vm_key(id), name_key(&record.name), slot_key(record.slot)];
+        let ops = keys.into_iter().map(|key| Op::Delete { key }).collect();
+        self.store.txn(Txn { ops, ..Txn::default() }).await.unwrap();
     }
 
     /// Runs a program of the fake guest to its end.

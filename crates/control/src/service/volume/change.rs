@@ -107,6 +107,7 @@ impl Service {
         change: impl Fn(&mut VolumeRecord) + Send,
         asked: Option<Asked<'_>>,
     ) -> Result<(Revision, VolumeRecord)> {
+        self.no_stray_has(name)?;
         for _ in 0..ATTEMPTS {
             let (revision, mut record) = known_volume(&self.deps, name).await?;
             record.may_be_used(false)?;

@@ -26,6 +26,7 @@ impl Service {
     pub(crate) async fn leases(&self, record: &VmRecord) -> Result<Vec<LeaseChange>> {
         let mut changes = Vec::new();
         for (name, disk) in volumes_of(record) {
+            self.no_stray_has(name).map_err(|error| error.context("spec.volumes"))?;
             let found = known_volume(&self.deps, name).await;
             let (revision, mut volume) = found.map_err(|error| error.context("spec.volumes"))?;
             let lease = Lease { vm: record.name.clone(), read_only: disk.read_only, path: disk.mount.clone() };
@@ -76,15 +77,7 @@ pub(crate) async fn disk_files(deps: &Deps, record: &VmRecord, ready: bool) -> R
 
 async fn make_ready(deps: &Deps, name: &VolumeName, vm: &VmRecord, disk: &ExtraDisk) -> Result<VolumeRecord> {
     for _ in 0..ATTEMPTS {
-        let (revision, mut volume) = known_volume(deps, name).await?;
-        // Who only reads gets one that is being copied, unless it has to be checked.
-        volume.may_be_used(disk.read_only && !volume.unclean)?;
-        if !volume.attached.contains_key(&vm.id) {
-            return Err(Error::new(
-                Kind::Internal,
-                format!("volume {name}: its record does not say that VM {} has it", vm.name),
-            ));
-        }
+        let (revision, mut volume) = usable(deps, name, vm, disk).await?;
         let mut events = Vec::new();
         if volume.unclean {
             let done = deps.volumes.check(&volume.id, Check::Quick).await;
@@ -106,6 +99,28 @@ async fn make_ready(deps: &Deps, name: &VolumeName, vm: &VmRecord, disk: &ExtraD
         }
     }
     Err(busy(name))
+}
+
+/// When nothing is being done to it any more that keeps a machine from having it. Whoever gives the VM up drops this.
+async fn usable(deps: &Deps, name: &VolumeName, vm: &VmRecord, disk: &ExtraDisk) -> Result<(Revision, VolumeRecord)> {
+    let mut told = false;
+    loop {
+        let (revision, volume) = known_volume(deps, name).await?;
+        if !volume.attached.contains_key(&vm.id) {
+            return Err(Error::new(
+                Kind::Internal,
+                format!("volume {name}: its record does not say that VM {} has it", vm.name),
+            ));
+        }
+        // Who only reads gets one that is being copied, unless it has to be checked.
+        let Err(why) = volume.may_be_used(disk.read_only && !volume.unclean) else {
+            return Ok((revision, volume));
+        };
+        if !std::mem::replace(&mut told, true) {
+            info!(vm = %vm.id, name = %vm.name, why = why.chain(), "its machine is not made yet");
+        }
+        tokio::time::sleep(deps.settings.limits.retry).await;
+    }
 }
 
 /// After the VM's machine is gone: what was unmounted in order needs no check. What goes wrong here costs only one.

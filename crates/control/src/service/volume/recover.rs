@@ -3,12 +3,13 @@
 
 use std::collections::BTreeSet;
 
-use clawpot_core::volume::VolumeState;
-use clawpot_types::{Result, VolumeName};
-use tracing::{error, warn};
+use clawpot_core::Phase;
+use clawpot_core::volume::{VolumeRecord, VolumeState};
+use clawpot_types::{Result, Revision, VmId, VolumeName};
+use tracing::{error, info, warn};
 
 use super::SERVER;
-use super::rows::{all_volumes, find_volume, told};
+use super::rows::{all_volumes, find_volume, put_volume, told};
 use crate::service::Service;
 
 impl Service {
@@ -28,7 +29,7 @@ impl Service {
         });
     }
 
-    async fn look_volumes_over(&self) -> Result<()> {
+    pub(crate) async fn look_volumes_over(&self) -> Result<()> {
         // Files first: each has its record before it is there, so one that has none is nobody's, also while others are made.
         let files = self.deps.volumes.list().await?;
         let (rows, unreadable) = all_volumes(&self.deps).await?;
@@ -87,7 +88,7 @@ impl Service {
         };
         self.note_volume(&record.id, Some(record.size));
         match record.state {
-            VolumeState::Ready => {}
+            VolumeState::Ready => self.doubt(revision, record).await?,
             VolumeState::Copying => self.volume_ready(revision, &mut record, None).await?,
             VolumeState::Checking => {
                 record.unclean = true;
@@ -104,5 +105,32 @@ impl Service {
             VolumeState::Growing => drop(self.finish_growing(revision, record).await?),
         }
         Ok(true)
+    }
+
+    /// What its record says is in order and its file says is not: an older store was restored. It is checked before the next machine
+    /// gets it.
+    async fn doubt(&self, revision: Revision, mut record: VolumeRecord) -> Result<()> {
+        let may_have_machine = |id: &VmId| match self.records.get(id).map(|row| row.phase()) {
+            Some(Phase::Failed) => !self.lives.is_bare(id),
+            Some(phase) => phase.may_have_vmm(),
+            None => false,
+        };
+        if record.unclean || record.attached.keys().any(may_have_machine) {
+            return Ok(());
+        }
+        let clean = match self.deps.volumes.look(&record.id).await {
+            Ok(file) => file.is_none_or(|file| file.clean),
+            Err(error) => {
+                warn!(volume = %record.name, error = error.chain(), "looking at a volume's file");
+                false
+            }
+        };
+        if !clean {
+            info!(volume = %record.name, "its file was not unmounted in order, whatever its record says: it is checked before it is used");
+            record.unclean = true;
+            // Who changed it meanwhile has looked after it.
+            put_volume(&*self.deps.store, revision, &record, Vec::new()).await?;
+        }
+        Ok(())
     }
 }

@@ -26,9 +26,37 @@ pub(super) fn told(deps: &Deps, record: &VolumeRecord, kind: &'static str, messa
 
 /// `None`: there is none.
 pub(super) async fn find_volume(deps: &Deps, name: &VolumeName) -> Result<Option<(Revision, VolumeRecord)>> {
-    let Some(entry) = deps.store.get(&VolumeRecord::key(name)).await? else { return Ok(None) };
-    let record = VolumeRecord::decode(&entry.value).map_err(|error| error.context(format!("volume {name}")))?;
+    let found = deps.store.get(&VolumeRecord::key(name)).await;
+    let Some(entry) = found.map_err(|error| way_out(error, name))? else { return Ok(None) };
+    let record = VolumeRecord::decode(&entry.value).map_err(|error| way_out(error, name))?;
     Ok(Some((entry.revision, record)))
+}
+
+/// What to do where a record cannot be read.
+fn way_out(error: Error, name: &VolumeName) -> Error {
+    let damaged = error.kind() == Kind::Corrupt;
+    let error = error.context(format!("volume {name}"));
+    if !damaged {
+        return error;
+    }
+    error.hint(format!(
+        "restore the store from a backup, or have the record forgotten, with its name, while the file stays: clawpot volume rm --force {name}"
+    ))
+}
+
+/// `None`: there is none, or it can be read. With its id, as far as that can be.
+pub(super) async fn unreadable_volume(deps: &Deps, name: &VolumeName) -> Result<Option<(Revision, Option<VolumeId>)>> {
+    let key = VolumeRecord::key(name);
+    // Of longer names, too.
+    let listing = deps.store.list(&key).await?;
+    if let Some(bad) = listing.unreadable.into_iter().find(|bad| bad.key == key) {
+        return Ok(Some((bad.revision, None)));
+    }
+    let found = listing.entries.into_iter().find(|entry| entry.key == key);
+    let Some(entry) = found.filter(|entry| VolumeRecord::decode(&entry.value).is_err()) else { return Ok(None) };
+    let value: Option<serde_json::Value> = serde_json::from_slice(&entry.value).ok();
+    let id = value.as_ref().and_then(|value| value.get("id")?.as_str()?.parse().ok());
+    Ok(Some((entry.revision, id)))
 }
 
 pub(super) async fn known_volume(deps: &Deps, name: &VolumeName) -> Result<(Revision, VolumeRecord)> {
@@ -91,6 +119,15 @@ impl Service {
             (revision, record.attached) = (now, found.attached);
         }
         Err(busy(&record.name))
+    }
+
+    /// While there are machines that no record knows, what the records say of volumes is not all.
+    pub(super) fn no_stray_has(&self, name: &VolumeName) -> Result<()> {
+        let Some(why) = self.strays.at_volumes() else { return Ok(()) };
+        let grace = self.deps.settings.stray_grace.as_secs();
+        Err(Error::new(Kind::FailedPrecondition, format!("volume {name}: {why}")).hint(format!(
+            "try again: such machines are ended {grace} s after the server's start; the server's log tells of one that cannot be"
+        )))
     }
 
     /// What counts for the volume against the disk's budget.

@@ -41,7 +41,11 @@ impl Service {
         if let Some((_, record)) = find_volume(&self.deps, name).await? {
             record.may_be_used(false)?;
         }
-        Err(Error::new(Kind::FailedPrecondition, format!("volume {name}: something else is being done to it"))
-            .hint("try again when that is done: clawpot volume ls"))
+        Err(taken(name))
     }
+}
+
+pub(super) fn taken(name: &VolumeName) -> Error {
+    Error::new(Kind::FailedPrecondition, format!("volume {name}: something else is being done to it"))
+        .hint("try again when that is done: clawpot volume ls")
 }
