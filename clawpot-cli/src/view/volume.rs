@@ -17,8 +17,10 @@ pub struct VolumeView {
     pub size_mib: u64,
     /// On the host's disk.
     pub used_bytes: u64,
-    /// "ready", "making", "copying", "growing", "checking", "removing", "lost".
+    /// "ready", "making", "copying", "growing", "checking", "removing", "lost", "unreadable".
     pub state: String,
+    /// Why its record cannot be read.
+    pub problem: Option<String>,
     /// It is checked before a machine gets it again.
     pub unclean: bool,
     pub created_at: Option<String>,
@@ -48,6 +50,7 @@ impl From<&Volume> for VolumeView {
             size_mib: volume.size_mib,
             used_bytes: volume.used_bytes,
             state: volume.state.clone(),
+            problem: known(&volume.problem),
             unclean: volume.unclean,
             created_at: volume.created_at.as_ref().map(time::rfc3339),
             created_by: known(&volume.created_by),
@@ -67,10 +70,11 @@ impl UseView {
 pub fn list(volumes: &[Volume], now: SystemTime) -> String {
     let rows = volumes.iter().map(|volume| {
         let users: Vec<String> = volume.used_by.iter().map(|one| UseView::from(one).told()).collect();
+        let size = |size: MiB| if volume.problem.is_empty() { size.to_string() } else { "-".to_owned() };
         [
             volume.name.clone(),
-            MiB(volume.size_mib).to_string(),
-            MiB::from_bytes(volume.used_bytes).to_string(),
+            size(MiB(volume.size_mib)),
+            size(MiB::from_bytes(volume.used_bytes)),
             state(volume),
             if users.is_empty() { "-".to_owned() } else { users.join(",") },
             time::age_of(volume.created_at.as_ref(), now),

@@ -8,7 +8,6 @@ use clawpot_core::ports::{Check, Copied};
 use clawpot_core::volume::VolumeState;
 use clawpot_types::{Error, Kind, MiB, Result, VolumeName};
 use tonic::{Request, Response, Status};
-use tracing::warn;
 
 use super::access::actor;
 use super::convert;
@@ -25,10 +24,10 @@ type Answer<T> = Result<Response<T>, Status>;
 impl VolumeService for VolumeApi {
     async fn list_volumes(&self, _: Request<v1::ListVolumesRequest>) -> Answer<v1::ListVolumesResponse> {
         let (good, bad) = self.service.list_volumes().await.map_err(status)?;
-        for (key, error) in bad {
-            warn!(key, error = error.chain(), "a volume's record cannot be read");
-        }
-        Ok(Response::new(v1::ListVolumesResponse { volumes: good.into_iter().map(volume).collect() }))
+        let mut volumes: Vec<v1::Volume> = good.into_iter().map(volume).collect();
+        volumes.extend(bad.into_iter().map(|(key, error)| unreadable(&key, &error)));
+        volumes.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Response::new(v1::ListVolumesResponse { volumes }))
     }
 
     async fn get_volume(&self, request: Request<v1::GetVolumeRequest>) -> Answer<v1::Volume> {
@@ -75,8 +74,13 @@ impl VolumeService for VolumeApi {
 
     async fn delete_volume(&self, request: Request<v1::DeleteVolumeRequest>) -> Answer<v1::DeleteVolumeResponse> {
         let actor = actor(&request);
-        let name = name("name", &request.into_inner().name).map_err(status)?;
-        self.service.delete_volume(name, &actor).await.map_err(status)?;
+        let v1::DeleteVolumeRequest { name: asked, force } = request.into_inner();
+        let name = name("name", &asked).map_err(status)?;
+        let gone = match force {
+            true => self.service.delete_volume_by_force(name, &actor).await,
+            false => self.service.delete_volume(name, &actor).await,
+        };
+        gone.map_err(status)?;
         Ok(Response::new(v1::DeleteVolumeResponse {}))
     }
 }
@@ -116,5 +120,16 @@ fn volume(view: VolumeView) -> v1::Volume {
         state: state.to_owned(),
         unclean: record.unclean,
         used_by: used_by.collect(),
+        problem: String::new(),
+    }
+}
+
+/// Shown, so that whoever looks for it finds it.
+fn unreadable(key: &str, error: &Error) -> v1::Volume {
+    v1::Volume {
+        name: key.trim_start_matches("volumes/").to_owned(),
+        state: "unreadable".to_owned(),
+        problem: error.chain(),
+        ..v1::Volume::default()
     }
 }

@@ -18,6 +18,9 @@ pub struct Args {
     /// Names
     #[arg(required = true, value_name = "NAME", value_parser = name)]
     names: Vec<VolumeName>,
+    /// Also one whose record cannot be read: its name is free again, and its file stays
+    #[arg(short, long)]
+    force: bool,
 }
 
 #[derive(serde::Serialize)]
@@ -28,11 +31,11 @@ struct Removed<'a> {
 pub async fn run(global: &Global, args: Args) -> Outcome {
     let api = global.api().await?;
     let names: Vec<String> = args.names.iter().map(ToString::to_string).collect();
-    each(&names, |name| one(global, &api, name)).await
+    each(&names, |name| one(global, &api, name, args.force)).await
 }
 
-async fn one(global: &Global, api: &Api, name: String) -> Result<(), Failure> {
-    let answer = api.volumes().delete_volume(DeleteVolumeRequest { name: name.clone() }).await;
+async fn one(global: &Global, api: &Api, name: String, force: bool) -> Result<(), Failure> {
+    let answer = api.volumes().delete_volume(DeleteVolumeRequest { name: name.clone(), force }).await;
     answer.map_err(|status| Failure::status(&format!("volume {name}: removing it"), &status))?;
     match global.output {
         Format::Table => output::line(&name),
