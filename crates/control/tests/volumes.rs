@@ -502,6 +502,19 @@ async fn a_start_waits_for_what_is_being_done_to_a_volume() {
     house.check_contracts();
 }
 
+/// A record never says a size that its file has not. Found by the simulator.
+#[tokio::test(start_paused = true)]
+async fn a_resize_of_which_nobody_can_say_what_came_of_it_is_finished() {
+    let house = House::new().await;
+    make(&house, "db").await;
+    house.faults.at(Method::VolumesGrow, 1, Injection::Error(Kind::Exhausted));
+    house.faults.at(Method::VolumesLook, 1, Injection::Error(Kind::Internal));
+    house.service().resize_volume(name("db"), MiB(2048), "uid=0").await.unwrap_err();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let view = house.service().get_volume(&name("db")).await.unwrap();
+    assert_eq!((view.record.state, view.record.size), (VolumeState::Ready, view.file.unwrap().size));
+}
+
 /// It is shown, its file stays, and its name is free again when somebody says so.
 #[tokio::test(start_paused = true)]
 async fn a_record_that_cannot_be_read_is_shown_and_has_a_way_out() {

@@ -51,14 +51,18 @@ impl Service {
     pub(super) async fn finish_growing(&self, revision: Revision, mut record: VolumeRecord) -> Result<VolumeRecord> {
         let grown = self.deps.volumes.grow(&record.id, record.size).await;
         failpoint::reached(Point::VolumeGrown);
-        let how = match &grown {
-            Ok(()) => format!("resized to {}", record.size),
-            Err(error) => {
+        let file = if grown.is_err() { self.deps.volumes.look(&record.id).await } else { Ok(None) };
+        let how = match (&grown, file) {
+            (Ok(()), _) => format!("resized to {}", record.size),
+            (Err(error), Ok(file)) => {
                 // The record says what the file has become.
-                if let Ok(Some(file)) = self.deps.volumes.look(&record.id).await {
-                    record.size = file.size;
-                }
+                record.size = file.map_or(record.size, |file| file.size);
                 format!("not resized, it has {}: {}", record.size, error.chain())
+            }
+            // Nobody can say what it is, and nobody gets it until it was grown again.
+            (Err(_), Err(_)) => {
+                self.volume_in_doubt(&record.name);
+                return grown.map(|()| record);
             }
         };
         let event = told(&self.deps, &record, "volume.ready", how, SERVER);
