@@ -247,17 +247,31 @@ unsafe fn become_program(child: &Child) -> Result<Never, Report> {
             let limit = ptr::from_ref(limit);
             check(Stage::Files, libc::syscall(libc::SYS_prlimit64, 0, libc::RLIMIT_NOFILE, limit, NULL))?;
         }
+        // One that was named is entered as root: an image's own (/root, say) is no reason not to run as somebody else.
+        let named = !child.cwd_is_default && libc::syscall(libc::SYS_chdir, child.cwd) >= 0;
         check(Stage::Groups, libc::syscall(libc::SYS_setgroups, child.group_count, child.groups))?;
         check(Stage::User, libc::syscall(libc::SYS_setresgid, child.gid, child.gid, child.gid))?;
         check(Stage::User, libc::syscall(libc::SYS_setresuid, child.uid, child.uid, child.uid))?;
-        let entered = check(Stage::Cwd, libc::syscall(libc::SYS_chdir, child.cwd));
-        if child.cwd_is_default && entered.is_err() {
-            check(Stage::Cwd, libc::syscall(libc::SYS_chdir, c"/".as_ptr()))?;
-        } else {
-            entered?;
+        if !named {
+            enter(child)?;
         }
         default_signals()?;
         Err(exec(child))
+    }
+}
+
+/// Goes to the working directory as the user: to `/` where a home was only assumed and cannot be entered.
+///
+/// # Safety
+/// Only in the child.
+unsafe fn enter(child: &Child) -> Result<(), Report> {
+    // SAFETY: the pointers in `child` are valid, see there; both are plain system calls.
+    unsafe {
+        let entered = check(Stage::Cwd, libc::syscall(libc::SYS_chdir, child.cwd));
+        if !child.cwd_is_default || entered.is_ok() {
+            return entered;
+        }
+        check(Stage::Cwd, libc::syscall(libc::SYS_chdir, c"/".as_ptr()))
     }
 }
 

@@ -56,6 +56,18 @@ async fn environment_directory_and_user() {
     assert_eq!(root.text(), "/root\n/root\n");
 }
 
+/// An image's working directory may be one that only root enters, and its commands be run as somebody else nevertheless.
+#[tokio::test]
+async fn a_named_directory_is_entered_whoever_the_user_is() {
+    use std::os::unix::fs::DirBuilderExt;
+    let Some(guest) = guest().await else { return };
+    let own = guest.dir.path().join("roots-own");
+    std::fs::DirBuilder::new().mode(0o700).create(&own).unwrap();
+    let own = own.to_str().unwrap();
+    let asked = ExecStart { cwd: own.into(), user: "4242:4243".into(), ..shell("pwd; id -u; ls || echo shut") };
+    assert_eq!(guest.run(asked).await.text(), format!("{own}\n4242\nshut\n"));
+}
+
 #[tokio::test]
 async fn the_child_inherits_nothing_of_the_agent() {
     let Some(guest) = guest().await else { return };
