@@ -1,6 +1,7 @@
 """From create to delete, and what a VM's owner is told when it goes wrong on the way."""
 
 import concurrent.futures
+import json
 import os
 import signal
 import subprocess
@@ -241,9 +242,20 @@ def test_stopping_ends_what_runs(server: Server, sibling: str) -> None:
     deaf = server.cli.start("exec", sibling, "--", "sh", "-c", "trap '' TERM; echo deaf; while :; do sleep 1; done")
     assert deaf.stdout is not None
     assert deaf.stdout.readline() == b"deaf\n"
+    told = server.cli("events", "-o", "json", sibling).ok().lines
+    follower = server.cli.start("events", "-f", "-o", "json", sibling, stderr=subprocess.DEVNULL)
+    assert follower.stdout is not None
+    assert [json.loads(follower.stdout.readline())["id"] for _ in told] == [event["id"] for event in told]
     stopped = server.cli("stop", "--grace", "4s", sibling).ok()
     # Its own grace, not the usual one of 10 s.
     assert stopped.seconds < within(9)
+    # Why it ended is of the same change as the phase it came to, and has the same id: a follower is told both.
+    while not told[-1]["message"].endswith("→ stopped"):
+        told.append(json.loads(follower.stdout.readline()))
+    follower.kill()
+    follower.wait()
+    assert told == server.cli("events", "-o", "json", sibling).ok().lines
+    assert "vm.exit" in {event["kind"] for event in told}
     for process, code in ((gentle, 143), (deaf, 137)):
         errors = process.communicate(timeout=within(60))[1].decode()
         assert process.returncode == code, errors

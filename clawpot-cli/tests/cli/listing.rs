@@ -150,9 +150,14 @@ fn events_are_listed_and_followed_across_a_restart() {
     };
     assert_eq!([next(), next(), next(), next(), next()], [1, 2, 3, 4, 5]);
     fake.kill();
-    fake.state.events.lock().unwrap().push(rest_event(6, "while it was away"));
+    // Two of one change have its revision as their id, both.
+    fake.state.events.lock().unwrap().extend([rest_event(6, "while it was away"), rest_event(6, "why")]);
     fake.revive();
-    assert_eq!(next(), 6);
+    assert_eq!([next(), next()], [6, 6]);
+    fake.kill();
+    fake.state.events.lock().unwrap().extend([rest_event(7, "one"), rest_event(7, "two"), rest_event(8, "three")]);
+    fake.revive();
+    assert_eq!([next(), next(), next()], [7, 7, 8]);
     kill(&child, Signal::INT);
     let ran = ended(child);
     assert_eq!((ran.code, ran.out.as_str()), (Some(0), ""));
