@@ -122,6 +122,12 @@ def test_a_directory_is_no_program(server: Server, vm: str) -> None:
     server.cli("exec", vm, "--", "/etc").fails(126, "/etc", "cannot be executed", "directory")
 
 
+def test_another_user_in_a_directory_of_roots(server: Server, vm: str) -> None:
+    """Debian's image begins in /root, which nobody else may enter: no reason to run nothing there as somebody else."""
+    assert server.cli.sh(vm, "id -un; pwd", "-u", "nobody").ok().text == "nobody\n/root\n"
+    server.cli.sh(vm, "ls", "-u", "nobody").fails(2, "Permission denied")
+
+
 def test_no_such_directory_or_user(server: Server, vm: str) -> None:
     server.cli("exec", "-w", "/nowhere", vm, "--", "true").fails(126, "working directory", "/nowhere")
     server.cli("exec", "-u", "nobody-such", vm, "--", "true").fails(125, "user", "nobody-such")
