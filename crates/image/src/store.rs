@@ -152,12 +152,30 @@ impl Store {
                 "there are no images yet: get one with `clawpot image pull` or scripts/setup-rootfs.sh, or name the right --image-dir",
             ),
             Ok(names) => {
+                // What a list shows of a digest is only its beginning.
+                if let Some((name, digest)) = begun(image, &names) {
+                    return error.hint(format!("a digest is written whole: {digest}; this one is called {name}"));
+                }
                 let names: Vec<_> = names.into_iter().map(|(name, _)| name).collect();
                 error.hint(format!("there is {}; `clawpot image pull` or scripts/setup-rootfs.sh gets another", names.join(", ")))
             }
             Err(failed) => error.and_cleanup(failed),
         }
     }
+}
+
+/// The image whose digest begins with what was asked for as a name.
+fn begun(image: &ImageRef, names: &[(String, PathBuf)]) -> Option<(String, Digest)> {
+    let ImageRef::Name(hex) = image else { return None };
+    if hex.len() < 6 || !hex.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    let whole = format!("sha256:{hex}");
+    let digests = names.iter().filter_map(|(name, path)| Some((name, digest_of(&read_small(path).ok()?))));
+    digests
+        .into_iter()
+        .find(|(_, digest)| digest.to_string().starts_with(&whole))
+        .map(|(name, digest)| (name.clone(), digest))
 }
 
 fn info(name: String, digest: Digest, manifest: &Manifest) -> ImageInfo {

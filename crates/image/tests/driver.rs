@@ -132,6 +132,12 @@ async fn an_unknown_image_is_told_with_those_that_exist() {
     assert!(error.next_step().unwrap().contains("debian"), "{:?}", error.next_step());
     let error = host.driver().resolve(&ImageRef::Digest(digest(b"nothing"))).await.unwrap_err();
     assert_eq!(error.kind(), Kind::NotFound);
+    // What a list shows of a digest is no name.
+    let whole = pinned(&host.driver()).await.digest.to_string();
+    let begun = whole["sha256:".len()..][..12].to_owned();
+    let error = host.driver().resolve(&named(&begun)).await.unwrap_err();
+    let hint = error.next_step().unwrap();
+    assert!(hint.contains(&whole) && hint.contains("debian"), "{hint}");
 
     let host = Host::empty();
     let error = host.driver().resolve(&named("debian")).await.unwrap_err();
