@@ -61,6 +61,10 @@ fn vm_spec(spec: v1::VmSpec, settings: &Settings) -> Result<VmSpec> {
             return Err(bad(path, "contains a NUL byte".to_owned()));
         }
     }
+    if !spec.cwd.is_empty() && !spec.cwd.starts_with('/') {
+        let cwd: String = spec.cwd.chars().take(64).collect();
+        return Err(bad("spec.cwd", format!("{cwd:?}: must begin with /")));
+    }
     let reach = reach("spec.network", spec.network)?;
     Ok(VmSpec {
         image,
@@ -190,6 +194,7 @@ mod tests {
             ),
             ("a cwd of 4097", error_of(|r| spec(r).cwd = "/".repeat(4097))),
             ("a cwd with a NUL", error_of(|r| spec(r).cwd = "/a\0b".into())),
+            ("a cwd that is relative", error_of(|r| spec(r).cwd = "srv/app".into())),
             ("a user of 513", error_of(|r| spec(r).user = "u".repeat(513))),
             ("a policy of tomorrow", error_of(|r| r.restart = 9)),
             ("an env without a name", error_of(|r| spec(r).env.push(v1::EnvVar::default()))),

@@ -28,12 +28,21 @@ impl Service {
         for (name, disk) in volumes_of(record) {
             self.no_stray_has(name).map_err(|error| error.context("spec.volumes"))?;
             let found = known_volume(&self.deps, name).await;
-            let (revision, mut volume) = found.map_err(|error| error.context("spec.volumes"))?;
+            let (revision, mut volume) = found.map_err(in_request)?;
             let lease = Lease { vm: record.name.clone(), read_only: disk.read_only, path: disk.mount.clone() };
-            volume.attach(record.id.clone(), lease).map_err(|error| error.context("spec.volumes"))?;
+            volume.attach(record.id.clone(), lease).map_err(in_request)?;
             changes.push(LeaseChange { key: VolumeRecord::key(name), revision, value: volume.encode()? });
         }
         Ok(changes)
+    }
+}
+
+/// As of the request's field: the path first, and behind it at once what is wrong.
+fn in_request(error: Error) -> Error {
+    let told = Error::new(error.kind(), format!("spec.volumes: {}", error.chain()));
+    match error.next_step() {
+        Some(hint) => told.hint(hint),
+        None => told,
     }
 }
 
