@@ -1,6 +1,6 @@
 //! The connection to the server, and what its failures mean.
 
-use std::io;
+use std::io::{self, IsTerminal as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,13 +12,20 @@ use clawpot_common::v1::host_service_client::HostServiceClient;
 use clawpot_common::v1::image_service_client::ImageServiceClient;
 use clawpot_common::v1::vm_service_client::VmServiceClient;
 use clawpot_common::v1::volume_service_client::VolumeServiceClient;
+use clawpot_common::v1::{GetHostRequest, Host};
 use tonic::transport::Channel;
-use tonic::{Code, Status};
+use tonic::{Code, Response, Status};
 
 use crate::failure::Failure;
 
 /// How long a listing or a wait tries to reach a server that went away meanwhile.
 pub const RECONNECT: Duration = Duration::from_secs(60);
+
+/// How long a server that is asked how it is may take to say so: far more than it needs.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// After this long whoever sits at a terminal is told what is being waited for.
+const SILENCE: Duration = Duration::from_secs(5);
 
 /// A server that answered. The channel dials again by itself when the connection broke.
 #[derive(Clone, Debug)]
@@ -42,6 +49,17 @@ impl Api {
 
     pub fn hosts(&self) -> HostServiceClient<Channel> {
         HostServiceClient::new(self.channel.clone())
+    }
+
+    /// The host, for those who ask how the server is: it has [`PATIENCE`] for the answer.
+    pub async fn host(&self) -> Result<Host, Failure> {
+        let doing = "asking the server about itself";
+        let mut hosts = self.hosts();
+        match tokio::time::timeout(PATIENCE, hosts.get_host(GetHostRequest {})).await {
+            Ok(answer) => answer.map(Response::into_inner).map_err(|status| Failure::status(doing, &status)),
+            Err(_) => Err(Failure::new(doing).because(format!("it took the connection, but did not answer within {PATIENCE:?}"))
+                .hint("see what it does: `journalctl -u clawpot`; restart it: `sudo systemctl restart clawpot`; VMs go on running")),
+        }
     }
 
     pub fn builds(&self) -> BuildServiceClient<Channel> {
@@ -110,11 +128,11 @@ impl Backoff {
 /// Calls until an answer comes, for requests that may be repeated. The pauses are those of [`Backoff`].
 pub async fn retrying<T, F>(doing: &str, mut call: impl FnMut() -> F) -> Result<T, Failure>
 where
-    F: Future<Output = Result<tonic::Response<T>, Status>>,
+    F: Future<Output = Result<Response<T>, Status>>,
 {
     let mut backoff = Backoff::new(RECONNECT);
     loop {
-        let status = match call().await {
+        let status = match told_if_slow(doing, call()).await {
             Ok(answer) => return Ok(answer.into_inner()),
             Err(status) => status,
         };
@@ -123,6 +141,19 @@ where
             None => return Err(Failure::status(doing, &status)),
         }
     }
+}
+
+/// A server that hangs would look like a program that does.
+async fn told_if_slow<T>(doing: &str, call: impl Future<Output = T>) -> T {
+    let mut call = std::pin::pin!(call);
+    tokio::select! {
+        answer = &mut call => return answer,
+        () = tokio::time::sleep(SILENCE) => {}
+    }
+    if io::stderr().is_terminal() {
+        crate::output::note(&format!("{doing}: the server has not answered yet; waiting on"));
+    }
+    call.await
 }
 
 /// The innermost I/O error of a failed connection.

@@ -28,7 +28,7 @@ pub struct Global {
     /// Unix socket of the server
     #[arg(long, global = true, env = "CLAWPOT_SOCKET", value_name = "PATH", default_value = "/run/clawpot/api.sock")]
     pub socket: PathBuf,
-    /// How results are written: for people, or as JSON with stable fields
+    /// How results are written: for people, or as JSON with stable fields; errors are text on stderr in both
     #[arg(short, long, global = true, value_enum, value_name = "FORMAT", default_value = "table")]
     pub output: Format,
     /// When to use colours; NO_COLOR is honoured
@@ -66,9 +66,13 @@ pub enum Verb {
     Man(c::man::Args),
 }
 
-/// A value of any length is told in one line.
+/// A value of any length is told in one line. A socket that the environment names was not typed, and is no part of the usage.
 #[must_use]
 pub fn shortened(mut error: clap::Error) -> clap::Error {
+    if let Some(ContextValue::StyledStr(usage)) = error.get(ContextKind::Usage) {
+        let usage = usage.to_string().replace(" --socket <PATH>", "");
+        error.insert(ContextKind::Usage, ContextValue::StyledStr(usage.into()));
+    }
     if let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
         && value.chars().count() > 60
     {

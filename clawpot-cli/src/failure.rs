@@ -6,6 +6,7 @@ use std::io;
 use owo_colors::OwoColorize as _;
 use tonic::{Code, Status};
 
+use crate::field;
 use crate::output::text::printable;
 
 /// Metadata key in which the server says what to do next (ASCII, percent-encoded).
@@ -65,7 +66,7 @@ impl Failure {
         }
         let mut lines = status.message().lines().filter(|line| !line.trim().is_empty());
         let first = lines.next().map_or_else(|| format!("{doing}: {}", status.code().description()), str::to_owned);
-        let mut failure = Self::new(first);
+        let mut failure = Self::new(field::as_typed(&first));
         failure.causes.extend(lines.map(|line| line.trim().trim_start_matches("cause: ").to_owned()));
         failure.hint = told_hint(status).or_else(|| usual_hint(status.code()).map(str::to_owned));
         failure
@@ -91,6 +92,11 @@ impl Failure {
     /// The outermost cause, or what happened where there is none.
     pub fn first_cause(&self) -> &str {
         self.causes.first().unwrap_or(&self.what)
+    }
+
+    /// What to do about it, where that is known.
+    pub fn next_step(&self) -> Option<&str> {
+        self.hint.as_deref()
     }
 
     #[cfg(test)]

@@ -6,7 +6,8 @@
 //! - [`exec`] a process in a guest as if it ran here
 //! - [`doctor`] what this host lacks
 //! - [`view`] what is shown: our own JSON and tables, never the wire's types
-//! - [`output`] how it is shown; [`failure`] how it is told that it went wrong
+//! - [`output`] how it is shown; [`failure`] how it is told that it went wrong, [`field`] in
+//!   the words of the command line
 
 mod api;
 mod args;
@@ -15,6 +16,7 @@ mod commands;
 mod doctor;
 mod exec;
 mod failure;
+mod field;
 mod output;
 mod view;
 mod watch;

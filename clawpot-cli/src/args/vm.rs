@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, ValueEnum};
 use clawpot_common::v1::{CreateVmRequest, EnvVar, Network, RestartPolicy, VmSpec, VolumeMount};
 use clawpot_types::{ImageRef, Label, MiB, Vcpus, VmName};
@@ -34,19 +35,19 @@ pub struct VmArgs {
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = env::parser())]
     env: Vec<EnvVar>,
     /// Working directory of its commands
-    #[arg(short, long, value_name = "DIR")]
+    #[arg(short, long, value_name = "DIR", value_parser = NonEmptyStringValueParser::new())]
     workdir: Option<String>,
     /// User of its commands: NAME, UID, NAME:GROUP or UID:GID
-    #[arg(short, long, value_name = "USER")]
+    #[arg(short, long, value_name = "USER", value_parser = NonEmptyStringValueParser::new())]
     user: Option<String>,
     /// Whom it reaches: default, the world but no private address; none, nobody
     #[arg(long, value_enum, value_name = "REACH", default_value = "default")]
     network: Reach,
-    /// Stop it after this long, delete it with --rm: seconds, or like 90s, 30m, 12h; `clawpot ttl` puts it off [default: never]
+    /// Stop it after this long (one of `run --rm`: delete it): seconds, or like 90s, 30m, 12h; `clawpot ttl` puts it off [default: never]
     #[arg(long, value_name = "TIME", value_parser = time::positive)]
     ttl: Option<Duration>,
     /// Start it again when it ended unasked: on-failure when it failed, its VMM died or the host was rebooted, always also
-    /// when the guest powered itself off; not with --rm
+    /// when the guest powered itself off; not with `run --rm`
     #[arg(long, value_enum, value_name = "POLICY", default_value = "never")]
     restart: Restart,
 }

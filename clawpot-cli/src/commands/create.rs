@@ -3,11 +3,12 @@
 use clawpot_common::v1::{CreateVmRequest, Phase, Vm};
 use clawpot_types::ImageRef;
 
-use super::Outcome;
+use super::{INTERRUPTED, Outcome};
 use crate::api::{Api, retrying};
 use crate::args::{VmArgs, vm::image};
 use crate::cli::Global;
 use crate::failure::Failure;
+use crate::output::note;
 use crate::output::progress::Progress;
 use crate::view::vm::{called, phase};
 use crate::watch::{Goal, Wait};
@@ -30,7 +31,14 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
     let api = global.api().await?;
     let mut vm = create(&api, request).await?;
     if args.wait {
-        vm = until_running(&api, &vm).await?;
+        tokio::select! {
+            running = until_running(&api, &vm) => vm = running?,
+            // Its name may be known to nobody but us.
+            _ = tokio::signal::ctrl_c() => {
+                note(&format!("VM {} boots on; `clawpot rm {0}` deletes it", called(&vm)));
+                return Ok(INTERRUPTED);
+            }
+        }
     }
     global.show_vm(&vm)?;
     Ok(0)

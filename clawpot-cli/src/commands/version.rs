@@ -1,6 +1,5 @@
 //! `clawpot version`.
 
-use clawpot_common::v1::GetHostRequest;
 use serde::Serialize;
 
 use super::Outcome;
@@ -21,10 +20,9 @@ struct Versions {
 }
 
 pub async fn run(global: &Global, _: Args) -> Outcome {
-    let host = match global.api().await {
-        Ok(api) => api.hosts().get_host(GetHostRequest {}).await.ok().map(tonic::Response::into_inner),
-        Err(_) => None,
-    };
+    let host = async { global.api().await?.host().await }.await;
+    let missing = host.as_ref().err().map(|failure| failure.first_cause().to_owned());
+    let host = host.ok();
     let versions = Versions {
         client: env!("CARGO_PKG_VERSION"),
         vmm: host.as_ref().map(|host| format!("{} {}", host.vmm, host.vmm_version)),
@@ -33,7 +31,7 @@ pub async fn run(global: &Global, _: Args) -> Outcome {
     match global.output {
         Format::Json => output::json(&versions)?,
         Format::Table => {
-            let none = || format!("no answer on {}", global.socket.display());
+            let none = || format!("not reached on {}: {}", global.socket.display(), missing.unwrap_or_default());
             output::line(&output::table::pairs([
                 ("clawpot".to_owned(), versions.client.to_owned()),
                 ("clawpot-server".to_owned(), versions.server.unwrap_or_else(none)),

@@ -28,7 +28,10 @@ pub struct Args {
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum For {
     Running,
+    // No request leads there yet.
+    #[value(hide = true)]
     Paused,
+    #[value(hide = true)]
     Asleep,
     Stopped,
     Failed,

@@ -1,23 +1,24 @@
 //! Is a server there, and what does it say of itself.
 
-use clawpot_common::v1::{GetHostRequest, Host};
+use clawpot_common::v1::Host;
 
 use super::check::Check;
 use crate::api::Api;
 use crate::failure::Failure;
 
 const NAME: &str = "server";
+const START: &str = "see `systemctl status clawpot`; start it: `sudo systemctl start clawpot`";
 
-pub async fn look(api: Result<Api, Failure>) -> Result<Host, String> {
-    let api = api.map_err(|failure| failure.first_cause().to_owned())?;
-    let answer = api.hosts().get_host(GetHostRequest {}).await;
-    answer.map(tonic::Response::into_inner).map_err(|status| status.message().to_owned())
+pub async fn look(api: Result<Api, Failure>) -> Result<Host, Failure> {
+    api?.host().await
 }
 
-pub fn judge(host: &Result<Host, String>) -> Check {
+pub fn judge(host: &Result<Host, Failure>) -> Check {
     let ours = env!("CARGO_PKG_VERSION");
     match host {
-        Err(why) => Check::unknown(NAME, format!("not reached: {why}"), "start it: `sudo systemctl start clawpot`"),
+        Err(why) => {
+            Check::unknown(NAME, format!("not reached: {}", why.first_cause()), why.next_step().unwrap_or(START))
+        }
         Ok(host) if host.version != ours => Check::warn(
             NAME,
             format!("version {}, this program {ours}", host.version),
@@ -37,6 +38,6 @@ mod tests {
         let host = |version: &str| Host { version: version.into(), vmm: "qemu".into(), ..Default::default() };
         assert_eq!(judge(&Ok(host(env!("CARGO_PKG_VERSION")))).level, Level::Ok);
         assert_eq!(judge(&Ok(host("0.0.1"))).level, Level::Warn);
-        assert_eq!(judge(&Err("no socket".into())).level, Level::Unknown);
+        assert_eq!(judge(&Err(Failure::new("no socket"))).level, Level::Unknown);
     }
 }

@@ -279,6 +279,11 @@ fn network(spec: &VmSpec) -> &'static str {
     }
 }
 
+fn size(spec: &VmSpec) -> String {
+    let plural = if spec.vcpus == 1 { "" } else { "s" };
+    format!("{} vCPU{plural}, {} MiB memory, {} MiB disk", spec.vcpus, spec.memory_mib, spec.disk_mib)
+}
+
 /// As it was given: "NAME:/PATH:ro".
 fn mounted(volume: &VolumeMount) -> String {
     format!("{}:{}{}", volume.volume, volume.path, if volume.read_only { ":ro" } else { "" })
@@ -293,7 +298,7 @@ pub fn detail(vm: &Vm, now: SystemTime) -> String {
         ("Phase", format!("{}, for {}", phase(vm), time::age_of(vm.phase_changed_at.as_ref(), now))),
         ("Desired", desired(vm)),
         ("Image", format!("{} {}", spec.image, vm.image_digest)),
-        ("Size", format!("{} vCPUs, {} MiB memory, {} MiB disk", spec.vcpus, spec.memory_mib, spec.disk_mib)),
+        ("Size", size(&spec)),
         ("VMM", or_dash(format!("{} {}", vm.vmm, vm.vmm_version).trim())),
         ("Address", or_dash(&vm.address)),
         ("Created", format!("{} ago", time::age_of(vm.created_at.as_ref(), now))),

@@ -95,6 +95,19 @@ fn an_interrupt_during_the_boot_removes_what_was_to_be_removed() {
 }
 
 #[test]
+fn an_interrupt_of_create_tells_what_was_made() {
+    let fake = Fake::start();
+    let child = fake.clawpot(&["create", "--wait", "slow"]).spawn().unwrap();
+    eventually("it boots", || fake.state.find("brave-otter").is_ok_and(|vm| vm.phase() == Phase::Booting));
+    std::thread::sleep(Duration::from_millis(100));
+    kill(&child, Signal::INT);
+    let ran = ended(child);
+    assert_eq!((ran.code, ran.out.as_str()), (Some(130), ""));
+    assert_eq!(ran.err, "clawpot: VM brave-otter boots on; `clawpot rm brave-otter` deletes it\n");
+    assert_eq!(fake.state.find("brave-otter").unwrap().phase(), Phase::Booting);
+}
+
+#[test]
 fn a_server_restart_during_the_boot_is_survived() {
     let mut fake = Fake::start();
     let child = fake.clawpot(&["run", "slow", "--", "echo", "x"]).spawn().unwrap();

@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixListener;
 
 use crate::fake::Fake;
-use crate::{Ran, clawpot};
+use crate::{Ran, clawpot, ended};
 
 fn refused(args: &[&str]) -> String {
     // A server that would take anything: it must not be asked.
@@ -42,6 +42,8 @@ fn bad_input_is_refused_in_the_servers_words() {
         &["create", "debian", "-l", "a=1", "-l", "a=2"],
         &["create", "debian", "-e", "SURELY_NOT_SET_ANYWHERE"],
         &["create", "debian", "-e", "=x"],
+        &["create", "debian", "-u", ""],
+        &["create", "debian", "--workdir="],
         &["exec", "web", "--timeout", "0", "--", "true"],
         &["exec", "web", "--timeout", "soon", "--", "true"],
         &["exec", "web"],
@@ -82,7 +84,29 @@ fn a_missing_server_says_where_it_was_looked_for() {
 
     let long = dir.path().join("x".repeat(200));
     assert!(without_server(&long, &["ls"]).err.starts_with("error: server on"));
-    assert_eq!(without_server(&long, &["version"]).code, Some(0));
+    let version = without_server(&dead, &["version"]);
+    assert_eq!(version.code, Some(0));
+    assert!(version.out.contains("the socket exists but no server answers on it"), "{}", version.out);
+}
+
+/// One that hangs takes connections and says nothing.
+#[test]
+fn a_server_that_hangs_is_not_waited_for_by_who_asks_how_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let mute = dir.path().join("mute.sock");
+    let _listening = UnixListener::bind(&mute).unwrap();
+    let asked = ["version", "doctor"].map(|verb| clawpot(&[verb]).env("CLAWPOT_SOCKET", &mute).spawn().unwrap());
+    for ran in asked.map(ended) {
+        assert!(ran.out.contains("did not answer within 5s"), "{}{}", ran.out, ran.err);
+    }
+}
+
+/// The option is at fault, not a variable that stands beside it.
+#[test]
+fn usage_shows_what_is_typed() {
+    let mut command = clawpot(&["stop"]);
+    let ran: Ran = command.env("CLAWPOT_SOCKET", "/nowhere").output().unwrap().into();
+    assert!(ran.err.contains("Usage: clawpot stop <VM>...\n"), "{}", ran.err);
 }
 
 #[test]

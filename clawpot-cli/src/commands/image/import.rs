@@ -35,8 +35,8 @@ pub struct Args {
     #[arg(long)]
     replace: bool,
     /// Which one, where the archive has several: its name there
-    #[arg(long, value_name = "NAME", default_value = "")]
-    select: String,
+    #[arg(long, value_name = "NAME")]
+    select: Option<String>,
 }
 
 pub async fn run(global: &Global, args: Args) -> Outcome {
@@ -47,7 +47,7 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
     let start = ImportStart {
         name: args.name.as_ref().map(ToString::to_string).unwrap_or_default(),
         replace: args.replace,
-        select: args.select,
+        select: args.select.unwrap_or_default(),
     };
     send.send(part(Part::Start(start))).await.map_err(|_| Failure::new(&doing))?;
     let reader = std::thread::spawn(move || source.send(Sender { send, buffer: Vec::with_capacity(CHUNK) }));
