@@ -7,8 +7,9 @@ use std::sync::Arc;
 use clawpot_control::Vmms;
 use clawpot_core::VmmKind;
 use clawpot_core::ports::Vmm;
+use clawpot_host::process::find_program;
 use clawpot_image::LocalImages;
-use clawpot_types::{Error, InstanceId, Result};
+use clawpot_types::{Error, InstanceId, Result, release};
 use clawpot_vmm::console::Consoles;
 use clawpot_vmm::firecracker::{self, Firecracker};
 use clawpot_vmm::probe::{self, Host, Wanted};
@@ -34,7 +35,7 @@ pub async fn choose(
     let host = Host {
         kvm: Host::kvm(),
         firecracker: identify(&firecracker).await,
-        qemu: qemu.as_ref().map(|qemu| qemu.capabilities().version).map_err(Error::chain),
+        qemu: qemu.as_ref().map(|qemu| qemu.capabilities().version).map_err(why_not),
         kernel: kernel.as_ref().map(|kernel| kernel.digest.clone()).map_err(Error::chain),
         boot_id: clawpot_host::boot_id()?,
     };
@@ -65,7 +66,7 @@ pub async fn choose(
 
 /// Version and digest. Reading the program takes some milliseconds.
 async fn identify(firecracker: &Result<Firecracker>) -> Result<(String, clawpot_types::Digest), String> {
-    let firecracker = firecracker.as_ref().map_err(Error::chain)?;
+    let firecracker = firecracker.as_ref().map_err(why_not)?;
     let program = firecracker.program().to_owned();
     let digest = tokio::task::spawn_blocking(move || probe::digest_of(&program)).await;
     let digest = digest.map_err(|error| error.to_string())?.map_err(|error| error.chain())?;
@@ -92,21 +93,25 @@ async fn firecracker(config: &Config, instance: &InstanceId, consoles: &Consoles
     Firecracker::new(&config.state_dir, instance, consoles.clone(), &settings).await
 }
 
-/// The newest release that `scripts/install-vm-assets.sh` put beside the images, in `firecracker/v1.15.1`.
+/// The directory of the newest release beside the images of which there is a program.
 fn fetched(image_dir: &Path) -> Option<PathBuf> {
-    let found = std::fs::read_dir(image_dir.join("firecracker")).ok()?;
-    let releases = found.filter_map(|entry| Some(entry.ok()?.path())).filter(|dir| dir.join("firecracker").is_file());
-    releases.max_by_key(|dir| (release(dir), dir.clone()))
+    let dir = image_dir.join(release::FETCHED);
+    let names = std::fs::read_dir(&dir).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let whole = |name: &String| find_program(&dir.join(name).join("firecracker").to_string_lossy(), None).is_ok();
+    release::newest(names.filter(whole)).map(|name| dir.join(name))
 }
 
-/// The numbers of its name, in which 1.15 comes after 1.9.
-fn release(dir: &Path) -> Vec<u32> {
-    let name = dir.file_name().unwrap_or_default().to_string_lossy();
-    name.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
+/// Why a driver is not there, and what to do about that, as the end of a sentence that names it.
+fn why_not(error: &Error) -> String {
+    let chain = error.chain();
+    let why = chain.strip_prefix("looking for Firecracker: ").unwrap_or(&chain);
+    error.next_step().map_or_else(|| why.to_owned(), |next| format!("{why} ({next})"))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -114,12 +119,32 @@ mod tests {
         let images = tempfile::tempdir().unwrap();
         assert_eq!(fetched(images.path()), None);
         let releases = images.path().join("firecracker");
-        for release in ["v1.9.1", "v1.15.1", "v1.15.0", "notes"] {
+        for (release, mode) in [("v1.9.1", 0o755), ("v1.15.1", 0o755), ("v1.15.0", 0o755), ("v1.17.0", 0o644)] {
             std::fs::create_dir_all(releases.join(release)).unwrap();
-            std::fs::File::create(releases.join(release).join("firecracker")).unwrap();
+            let program = releases.join(release).join("firecracker");
+            std::fs::File::create(&program).unwrap();
+            std::fs::set_permissions(program, PermissionsExt::from_mode(mode)).unwrap();
         }
-        // Half fetched.
+        // Half fetched, as is one that cannot be run.
         std::fs::create_dir(releases.join("v1.16.0")).unwrap();
         assert_eq!(fetched(images.path()), Some(releases.join("v1.15.1")));
+    }
+
+    #[tokio::test]
+    async fn why_there_is_no_firecracker_is_said_once_with_what_to_do() {
+        let state = tempfile::tempdir().unwrap();
+        let settings = firecracker::Config {
+            program: Some("/nonexistent/firecracker".into()),
+            jailer: None,
+            probe_limit: None,
+            path: None,
+        };
+        let instance = InstanceId::from_random([1; InstanceId::LEN]);
+        let none = Firecracker::new(state.path(), &instance, Consoles::new(state.path()), &settings).await;
+        assert_eq!(
+            identify(&none).await.unwrap_err(),
+            "the program /nonexistent/firecracker is not the absolute path of an executable file (install Firecracker's release, \
+             or configure the path of firecracker)"
+        );
     }
 }

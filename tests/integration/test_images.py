@@ -160,6 +160,18 @@ def test_a_pull_goes_on_where_it_broke_off(here: Server, wire: Wire, hub: Regist
     _forget(here, name)
 
 
+def test_what_an_earlier_download_left_is_not_believed(here: Server, hub: Registry, store: Path) -> None:
+    """Of another registry, which may say of anything that it is this layer; or of a host whose power failed."""
+    name = f"{hub.address}/demo/app:1"
+    layers = here.cli("image", "pull", name, "-o", "json").ok().json["source"]["layers"]
+    _forget(here, name)
+    for layer in layers:
+        (store / "oci/partial" / layer["digest"].removeprefix("sha256:")).write_bytes(b"the beginning of something else")
+    here.cli("image", "pull", name).ok()
+    assert _partial(store) == 0
+    _forget(here, name)
+
+
 def _partial(store: Path) -> int:
     found = 0
     for path in store.glob("oci/partial/*"):

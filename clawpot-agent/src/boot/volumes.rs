@@ -5,6 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
+use clawpot_types::ext4::{self, Superblock};
 use rustix::mount::{MountFlags, mount as mount_at};
 
 use super::cmdline::Mount;
@@ -47,9 +48,11 @@ pub fn mount(volumes: &[Mount]) -> Result<Vec<Volume>, BootError> {
 fn fill(device: &str, path: &str) -> io::Result<()> {
     let mut disk = File::open(device)?;
     let size = disk.seek(SeekFrom::End(0))?;
-    let mut superblock = [0; 1024];
-    disk.read_exact_at(&mut superblock, 1024)?;
-    let Some(blocks) = missing(size, &superblock) else { return Ok(()) };
+    let mut superblock = [0; ext4::LEN];
+    disk.read_exact_at(&mut superblock, ext4::AT)?;
+    let Some(blocks) = Superblock::of(&superblock).and_then(|superblock| missing(size, superblock)) else {
+        return Ok(());
+    };
     let root = File::open(path)?;
     // SAFETY: a descriptor that lives, and the number that the call reads.
     let grown = unsafe { libc::ioctl(root.as_raw_fd(), EXT4_IOC_RESIZE_FS, std::ptr::from_ref(&blocks)) };
@@ -57,12 +60,8 @@ fn fill(device: &str, path: &str) -> io::Result<()> {
 }
 
 /// How many blocks it would have on the whole of a disk of `size` bytes; `None`: it has them.
-fn missing(size: u64, superblock: &[u8; 1024]) -> Option<u64> {
-    let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|n| superblock[at + n]));
-    // s_blocks_count_lo, s_blocks_count_hi, s_log_block_size (Documentation/filesystems/ext4/super.rst).
-    let has = u64::from(word(0x4)) | u64::from(word(0x150)) << 32;
-    let block = 1024_u64.checked_shl(word(0x18)).filter(|block| *block != 0)?;
-    Some(size / block).filter(|could| *could > has)
+fn missing(size: u64, superblock: Superblock<'_>) -> Option<u64> {
+    Some(size / superblock.block()?).filter(|could| *could > superblock.blocks())
 }
 
 #[cfg(test)]
@@ -71,16 +70,19 @@ mod tests {
 
     #[test]
     fn only_what_is_too_small_grows() {
-        let mut superblock = [0; 1024];
-        superblock[0x4..0x8].copy_from_slice(&65_536_u32.to_le_bytes());
-        superblock[0x18] = 2;
-        assert_eq!(missing(256 << 20, &superblock), None);
+        let mut bytes = [0; ext4::LEN];
+        bytes[0x38..0x3a].copy_from_slice(&[0x53, 0xef]);
+        bytes[0x4..0x8].copy_from_slice(&65_536_u32.to_le_bytes());
+        bytes[0x18] = 2;
+        let missing = |size, bytes: &[u8; ext4::LEN]| missing(size, Superblock::of(bytes).unwrap());
+        assert_eq!(missing(256 << 20, &bytes), None);
         // Less than a block more is nothing.
-        assert_eq!(missing((256 << 20) + 4095, &superblock), None);
-        assert_eq!(missing(512 << 20, &superblock), Some(131_072));
-        superblock[0x150] = 1;
-        assert_eq!(missing(512 << 20, &superblock), None);
-        superblock[0x18] = 0xff;
-        assert_eq!(missing(512 << 20, &superblock), None, "whatever a superblock says");
+        assert_eq!(missing((256 << 20) + 4095, &bytes), None);
+        assert_eq!(missing(512 << 20, &bytes), Some(131_072));
+        bytes[0x150] = 1;
+        assert_eq!(missing(512 << 20, &bytes), None);
+        bytes[0x150] = 0;
+        bytes[0x18] = 0xff;
+        assert_eq!(missing(512 << 20, &bytes), None, "whatever a superblock says");
     }
 }

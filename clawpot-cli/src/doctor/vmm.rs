@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use clawpot_types::release;
+
 use super::check::Check;
 use super::tool::{self, Version};
 
@@ -43,14 +45,12 @@ fn places(images: &Path) -> [Option<PathBuf>; 3] {
     [firecracker, jailer, qemu]
 }
 
-/// The newest release that `scripts/install-vm-assets.sh` put beside the images, in `firecracker/v1.15.1`.
+/// The newest release beside the images of which there is a program.
 fn fetched(images: &Path) -> Option<PathBuf> {
-    let releases = std::fs::read_dir(images.join("firecracker")).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
-    let programs = releases.filter_map(|dir| {
-        let version = Version::find(dir.file_name()?.to_str()?)?;
-        Some((version, dir.join("firecracker"))).filter(|(_, file)| tool::is_program(file))
-    });
-    programs.max().map(|(_, file)| file)
+    let dir = images.join(release::FETCHED);
+    let names = std::fs::read_dir(&dir).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let program = |name: &String| dir.join(name).join("firecracker");
+    release::newest(names.filter(|name| tool::is_program(&program(name)))).as_ref().map(program)
 }
 
 fn asked(path: Option<PathBuf>) -> Program {

@@ -11,6 +11,8 @@ use clawpot_types::{Error, Kind, Result};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
+mod tree;
+
 /// Writes `bytes` to a temporary name beside `path`, syncs, renames over `path`, syncs the directory.
 /// Readers see the old file or the new one, also after a crash; `mode` is set whatever the umask.
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
@@ -161,7 +163,7 @@ pub fn hard_link(from: &Path, to: &Path) -> Result<()> {
 pub fn remove_tree_if_exists(path: &Path) -> Result<()> {
     let what = || format!("removing {}", path.display());
     let result = match std::fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_dir() => std::fs::remove_dir_all(path),
+        Ok(meta) if meta.is_dir() => tree::remove(path),
         Ok(_) => std::fs::remove_file(path),
         Err(error) => Err(error),
     };
@@ -315,6 +317,30 @@ mod tests {
         remove_tree_if_exists(&tree).unwrap();
         assert!(!tree.exists() && kept.join("file").exists());
         remove_file_if_exists(&tree).unwrap();
+    }
+
+    /// As a helper might leave it that an image captured.
+    #[test]
+    fn a_tree_of_any_depth_is_removed() {
+        use rustix::fs::{AtFlags, Mode, OFlags};
+
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().join("tree");
+        std::fs::create_dir(&top).unwrap();
+        let open = |at: &std::os::fd::OwnedFd, name: &str| {
+            rustix::fs::openat(at, name, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap()
+        };
+        let mut at: std::os::fd::OwnedFd = File::open(&top).unwrap().into();
+        // More than a thread's stack lasts for, or its descriptors. Names are as of those that are put aside.
+        for depth in 0..12_000 {
+            let name = if depth < 500 { ".deep-1" } else { "deep" };
+            rustix::fs::mkdirat(&at, name, Mode::from_raw_mode(0o700)).unwrap();
+            at = open(&at, name);
+        }
+        rustix::fs::symlinkat("/", &at, "link").unwrap();
+        remove_tree_if_exists(&top).unwrap();
+        assert!(rustix::fs::statat(rustix::fs::CWD, &top, AtFlags::SYMLINK_NOFOLLOW).is_err());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

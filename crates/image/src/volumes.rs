@@ -12,6 +12,7 @@ use clawpot_core::ports::{Check, Copied, VolumeFile, Volumes};
 use clawpot_failpoint::{self as failpoint, Point};
 use clawpot_host::fs::{self, Cloned};
 use clawpot_host::process::{Exit, Finished, Rlimits, Tool, find_program};
+use clawpot_types::ext4::{self, Superblock};
 use clawpot_types::{Error, Kind, MiB, Result, VolumeId};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
@@ -218,13 +219,11 @@ fn lacks_means(done: &Finished) -> bool {
     written(done).lines().filter(|line| is_error(line)).any(|line| lacks.iter().any(|lack| line.contains(lack)))
 }
 
-/// Whether an ext4 says that it was unmounted in order: `s_state` is "clean" without errors, and its journal needs no recovery.
+/// Whether it is an ext4 that says that it was unmounted in order.
 fn is_clean(file: &File) -> std::io::Result<bool> {
-    let mut superblock = [0; 1024];
-    file.read_exact_at(&mut superblock, 1024)?;
-    let short = |at: usize| u16::from_le_bytes([superblock[at], superblock[at + 1]]);
-    let (magic, state, incompatible) = (short(0x38), short(0x3a), short(0x60));
-    Ok(magic == 0xEF53 && state & 0b11 == 0b01 && incompatible & 0x4 == 0)
+    let mut superblock = [0; ext4::LEN];
+    file.read_exact_at(&mut superblock, ext4::AT)?;
+    Ok(Superblock::of(&superblock).is_some_and(Superblock::is_clean))
 }
 
 #[async_trait]

@@ -7,13 +7,16 @@
 //! - [`counter`] which one of its lives: [`Revision`], [`Generation`], [`Incarnation`]
 //! - [`error`] what went wrong and what to do next: [`Error`], [`Kind`], [`Retry`]
 //! - [`guest`] what every guest sees of its machine, the same in each
+//! - [`ext4`] what a file system says of itself; [`release`] which Firecracker beside the images is the newest
 
 pub mod counter;
 pub mod error;
+pub mod ext4;
 pub mod guest;
 pub mod id;
 pub mod name;
 pub mod path;
+pub mod release;
 pub mod unit;
 
 pub use counter::{Generation, Incarnation, Revision};

@@ -71,7 +71,7 @@ pub fn find_program(name: &str, path: Option<&OsStr>) -> Result<PathBuf> {
         let file = PathBuf::from(name);
         return match is_program(&file) && file.is_absolute() {
             true => Ok(file),
-            false => Err(missing(format!("looking for the program {name}: not an executable file's absolute path"))),
+            false => Err(missing(format!("the program {name} is not the absolute path of an executable file"))),
         };
     }
     let places: Vec<PathBuf> = path.map(|path| std::env::split_paths(path).collect()).unwrap_or_default();
@@ -82,7 +82,7 @@ pub fn find_program(name: &str, path: Option<&OsStr>) -> Result<PathBuf> {
         .chain(system)
         .map(|dir| dir.join(name))
         .find(|file| is_program(file))
-        .ok_or_else(|| missing(format!("looking for the program {name}: it is in no directory of PATH")))
+        .ok_or_else(|| missing(format!("the program {name} is in no directory of PATH")))
 }
 
 #[cfg(test)]

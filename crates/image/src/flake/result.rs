@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clawpot_core::VmmKind;
 use clawpot_core::ports::{BuildName, ImageDetail, Revision};
+use clawpot_types::ext4::{self, Superblock};
 use clawpot_types::{Digest, Error, Kind, MiB, Result, Vcpus, VmId};
 use rustix::fs::{FallocateFlags, OFlags};
 use serde::Deserialize;
@@ -194,14 +195,12 @@ fn check_rootfs(mut file: &File, size: u64) -> Result<()> {
         Ok(Format::Erofs) => return Err(bad("it is erofs, where ext4 is expected".to_owned())),
         Err(_) => return Err(bad("it is no ext4".to_owned())),
     }
-    let mut superblock = [0_u8; 1024];
-    file.read_exact_at(&mut superblock, 1024).map_err(|error| bad("it is cut off".to_owned()).because(error))?;
-    let u32_at = |at: usize| u32::from_le_bytes(superblock[at..at + 4].try_into().unwrap_or_default());
-    const BITS_64: u32 = 0x80;
-    let high = if u32_at(0x60) & BITS_64 == 0 { 0 } else { u64::from(u32_at(0x150)) << 32 };
-    let (blocks, shift) = (high | u64::from(u32_at(4)), u32_at(0x18));
-    let bytes = 1024_u64.checked_shl(shift.min(16)).and_then(|block| block.checked_mul(blocks));
-    if shift > 6 || bytes.is_none_or(|bytes| bytes > size) {
+    let mut superblock = [0; ext4::LEN];
+    file.read_exact_at(&mut superblock, ext4::AT).map_err(|error| bad("it is cut off".to_owned()).because(error))?;
+    let superblock = Superblock::of(&superblock).ok_or_else(|| bad("it is no ext4".to_owned()))?;
+    let bytes = superblock.block().and_then(|block| block.checked_mul(superblock.blocks()));
+    if bytes.is_none_or(|bytes| bytes > size) {
+        let blocks = superblock.blocks();
         return Err(bad(format!("it says that it has {blocks} blocks, and its file has {size} bytes")));
     }
     Ok(())

@@ -88,26 +88,26 @@ impl Library {
                 }
             }
         };
-        let doing = if download.bytes > 0 { "resuming" } else { "downloading" };
-        let mut failures = 0;
-        while download.bytes < blob.size {
-            let before = download.bytes;
-            let error;
-            (download, error) = stretch(client, from, blob, download, (&meter, doing)).await?;
-            let Some(error) = error else { continue };
-            failures = if download.bytes > before { 1 } else { failures + 1 };
-            if error.kind() != Kind::Unavailable || failures > ATTEMPTS {
-                let kept = format!(
-                    "{} of {} MiB are kept; the same pull goes on from there",
-                    download.bytes >> 20,
-                    blob.size >> 20
-                );
-                return Err(error.context(what()).hint(kept));
+        // Whoever began it: another registry, a host whose power failed.
+        let mut begun = download.bytes > 0;
+        let file = loop {
+            let doing = if begun { "resuming" } else { "downloading" };
+            download =
+                whole(client, from, blob, download, (&meter, doing)).await.map_err(|error| error.context(what()))?;
+            match download.verified(&blob.digest) {
+                // What was there may have been the beginning of something else.
+                Err(error) if begun && error.kind() == Kind::Corrupt => {
+                    tracing::info!(layer = %blob.digest, "what an earlier download left of it is not its beginning");
+                    download.restart()?;
+                    begun = false;
+                }
+                Err(error) => {
+                    fs::remove_file_if_exists(&download.path)?;
+                    return Err(error.context(what()));
+                }
+                Ok(file) => break file,
             }
-            meter.at("waiting for the registry", download.bytes);
-            tokio::time::sleep(FIRST_PAUSE * 2_u32.pow(failures - 1)).await;
-        }
-        let file = download.verified(&blob.digest).map_err(|error| error.context(what()))?;
+        };
         landing.land(download, self.store.oci_path(&blob.digest));
         meter.at("downloaded", blob.size);
         Ok(file)
@@ -126,6 +126,35 @@ impl Library {
             Err(error) => Err(Error::io(what(), error)),
         }
     }
+}
+
+/// As many bytes as there are to be, in as many stretches as that takes.
+async fn whole(
+    client: &Client,
+    from: &Reference,
+    blob: &Blob,
+    mut download: Download,
+    (meter, doing): (&Meter, &'static str),
+) -> Result<Download> {
+    let mut failures = 0;
+    while download.bytes < blob.size {
+        let before = download.bytes;
+        let error;
+        (download, error) = stretch(client, from, blob, download, (meter, doing)).await?;
+        let Some(error) = error else { continue };
+        failures = if download.bytes > before { 1 } else { failures + 1 };
+        if error.kind() != Kind::Unavailable || failures > ATTEMPTS {
+            let kept = format!(
+                "{} of {} MiB are kept; the same pull goes on from there",
+                download.bytes >> 20,
+                blob.size >> 20
+            );
+            return Err(error.hint(kept));
+        }
+        meter.at("waiting for the registry", download.bytes);
+        tokio::time::sleep(FIRST_PAUSE * 2_u32.pow(failures - 1)).await;
+    }
+    Ok(download)
 }
 
 /// From where the download stands to its end, or to where it breaks: then with the error.
@@ -220,11 +249,10 @@ impl Download {
         Ok(self)
     }
 
-    /// Opened once more from its beginning, if it has its digest; else nothing of it is kept. Two small system calls.
+    /// Opened once more from its beginning, if it has its digest. A small system call.
     fn verified(&mut self, digest: &Digest) -> Result<File> {
         let found = Digest::from_sha256(&self.hasher.finalize_reset().into());
         if found != *digest {
-            fs::remove_file_if_exists(&self.path)?;
             return Err(Error::new(Kind::Corrupt, format!("what came has the digest {found}"))
                 .hint("the registry has it wrong, or somebody between it and here changed it; nothing was kept"));
         }
