@@ -53,6 +53,36 @@ async fn one_request_is_one_vm_at_any_moment() {
     house.check_empty();
 }
 
+/// What was promised to a VM of which nobody knows yet whether it is there is promised to nobody else. Found by the simulator.
+#[tokio::test(start_paused = true)]
+async fn a_vm_that_nobody_heard_of_keeps_what_it_was_promised() {
+    let house = House::new().await;
+    let memory = MiB(wanted("web").spec.memory.0 * 3 / 2);
+    let room = Room { cpus: 8, memory, memory_available: memory, disk: MiB(1 << 20), disk_free: MiB(1 << 20) };
+    house.host.set_room(room);
+    for (started, name) in [(false, "first"), (true, "second")] {
+        let id = if started { Some(house.running(name).await) } else { None };
+        if let Some(id) = &id {
+            house.stop(id).await;
+        }
+        house.faults.at(Method::StoreTxn, 1, Injection::ErrorAfter(Kind::Unavailable));
+        house.faults.at(Method::StoreList, 1, Injection::Error(Kind::Unavailable));
+        let error = match &id {
+            Some(id) => refused(house.service().start(id.as_str(), "uid=0").await),
+            None => refused(house.try_create(name, &wanted(name)).await),
+        };
+        assert_eq!(error.kind(), Kind::Unavailable);
+        let error = refused(house.try_create("other", &wanted("other")).await);
+        assert_eq!(error.kind(), Kind::Exhausted, "{}", error.chain());
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        let id = house.service().get(name).unwrap().0;
+        house.until(&id, Some(Phase::Running)).await;
+        assert_eq!(refused(house.try_create("other", &wanted("other")).await).kind(), Kind::Exhausted);
+        house.delete(&id).await;
+    }
+    house.running("other").await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn requests_are_forgotten_after_a_day() {
     let mut house = House::new().await;

@@ -117,7 +117,7 @@ impl Service {
         let config = self.deps.images.describe(&ImageRef::Digest(image.digest.clone())).await?.config;
         for _ in 0..ATTEMPTS {
             let record = self.draft(&body, image.clone(), &config, actor)?;
-            let (_promise, leases) = match self.may_have(&record).await {
+            let (promise, leases) = match self.may_have(&record).await {
                 Ok(both) => both,
                 Err(error) => return self.unless_repeated(request_key.as_deref(), &body, error).await,
             };
@@ -126,8 +126,14 @@ impl Service {
                 None => None,
             };
             let created = event(&self.deps, &record, "vm.create", told(&record), actor);
-            let outcome = self.records.insert(record.clone(), extra, leases, created).await;
-            match outcome.inspect_err(|_| self.find_out(record.id.clone()))? {
+            let outcome = match self.records.insert(record.clone(), extra, leases, created).await {
+                Ok(outcome) => outcome,
+                Err(error) => {
+                    self.find_out(record.id, Some(promise));
+                    return Err(error);
+                }
+            };
+            match outcome {
                 TxnOutcome::Committed(revision) => {
                     failpoint::reached(Point::Accepted);
                     self.run(&record.id);

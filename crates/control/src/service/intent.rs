@@ -116,7 +116,7 @@ impl Service {
                 Answer::Accept | Answer::Await => {}
             }
             // Kept until it is written down.
-            let _promise = match request {
+            let promise = match request {
                 Request::Start => self.admit_start(&record).await?,
                 _ => None,
             };
@@ -129,9 +129,16 @@ impl Service {
                 Some(desired) => set_desired(&self.deps, &self.records, (revision, asked), desired, actor).await,
                 None => set_life(&self.deps, &self.records, (revision, asked), actor).await,
             };
-            if let Some(done) = done.inspect_err(|_| self.find_out(id.clone()))? {
-                self.lives.wake(id);
-                return Ok(done);
+            match done {
+                Ok(Some(done)) => {
+                    self.lives.wake(id);
+                    return Ok(done);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    self.find_out(id.clone(), promise);
+                    return Err(error);
+                }
             }
         }
     }

@@ -24,6 +24,7 @@ use clawpot_types::{Error, Kind, Result, Revision, Slot, VmId, VolumeId, VolumeN
 use tokio::sync::watch;
 use tracing::warn;
 
+use self::admit::Promise;
 use crate::Deps;
 use crate::live::Lives;
 use crate::records::Records;
@@ -170,10 +171,10 @@ impl Service {
     }
 
     /// Whether a change of `id` was done is not known, since the store did not say: asked until it does. A VM that is there
-    /// gets its runner, and the runner is woken.
-    pub(crate) fn find_out(&self, id: VmId) {
-        // One asks for all.
-        if !self.in_doubt().insert(id.clone()) {
+    /// gets its runner, and the runner is woken. What it was promised, others are not until then.
+    pub(crate) fn find_out(&self, id: VmId, promise: Option<Promise>) {
+        // One asks for all who were promised nothing.
+        if !self.in_doubt().insert(id.clone()) && promise.is_none() {
             return;
         }
         let this = self.clone();
@@ -184,6 +185,7 @@ impl Service {
                 this.in_doubt().remove(&id);
                 if this.records.refresh(&id).await.is_ok() {
                     this.run(&id);
+                    drop(promise);
                     return this.lives.wake(&id);
                 }
                 this.in_doubt().insert(id.clone());
