@@ -50,12 +50,10 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
         select: args.select.unwrap_or_default(),
     };
     send.send(part(Part::Start(start))).await.map_err(|_| Failure::new(&doing))?;
-    let reader = std::thread::spawn(move || source.send(Sender { send, buffer: Vec::with_capacity(CHUNK) }));
+    let read = read_beside(source, Sender { send, buffer: Vec::with_capacity(CHUNK) });
     let ended = follow(images.import_image(ReceiverStream::new(receive)), &doing).await;
-    // A file that could not be read is why the server found the archive wanting. A thread that still waits for standard input
-    // ends with this program.
-    if reader.is_finished()
-        && let Ok(Err(error)) = reader.join()
+    // A file that could not be read is why the server found the archive wanting.
+    if let Ok(Err(error)) = read.try_recv()
         && error.kind() != io::ErrorKind::BrokenPipe
     {
         return Err(Failure::new(doing).because(error.to_string()));
@@ -67,6 +65,20 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
             Ok(INTERRUPTED)
         }
     }
+}
+
+/// Sends all of it from a thread of its own, which ends with this program where it still waits for standard input. How that went
+/// is told before the stream ends: whoever has the server's answer to the end of it finds it there.
+fn read_beside(source: Source, mut to: Sender) -> std::sync::mpsc::Receiver<io::Result<()>> {
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    std::thread::spawn(move || {
+        let read = source.send(&mut to);
+        // Nobody to tell: the answer has come, and the program is about to end.
+        if tell.send(read).is_ok() {
+            drop(to);
+        }
+    });
+    told
 }
 
 fn part(part: Part) -> ImportImageRequest {
@@ -89,11 +101,11 @@ impl Source {
     }
 
     /// Blocks until all of it is sent.
-    fn send(self, mut to: Sender) -> io::Result<()> {
+    fn send(self, to: &mut Sender) -> io::Result<()> {
         match self {
-            Self::Stdin => drop(io::copy(&mut io::stdin().lock(), &mut to)?),
-            Self::Tar(mut file) => drop(io::copy(&mut file, &mut to)?),
-            Self::Layout(dir) => layout(&dir, &mut to)?,
+            Self::Stdin => drop(io::copy(&mut io::stdin().lock(), to)?),
+            Self::Tar(mut file) => drop(io::copy(&mut file, to)?),
+            Self::Layout(dir) => layout(&dir, to)?,
         }
         to.flush()
     }
