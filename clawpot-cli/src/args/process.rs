@@ -18,14 +18,14 @@ pub struct ProcessArgs {
     /// Give it a terminal
     #[arg(short, long)]
     tty: bool,
-    /// Forward standard input even from a terminal; from a pipe or file it always is
+    /// Forward standard input even from a terminal; from a pipe or file it always is: in a `while read` loop give it </dev/null
     #[arg(short, long)]
     interactive: bool,
     /// Kill it with all its descendants after this time: seconds, or like 1500ms, 30s, 5m, 2h
-    #[arg(long, value_name = "TIME", value_parser = time::positive)]
+    #[arg(long, value_name = "TIME", value_parser = time::positive, allow_negative_numbers = true)]
     timeout: Option<Duration>,
     /// How long to try to reach a server that went away meanwhile; 0 for not at all
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time::duration)]
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time::duration, allow_negative_numbers = true)]
     pub reconnect_timeout: Duration,
 }
 

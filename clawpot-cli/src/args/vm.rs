@@ -20,13 +20,13 @@ pub struct VmArgs {
     #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = labels::label)]
     labels: Vec<(Label, Label)>,
     /// Virtual CPUs, 1 to 32 [default: the server's]
-    #[arg(long, value_name = "N", value_parser = vcpus)]
+    #[arg(long, value_name = "N", value_parser = vcpus, allow_negative_numbers = true)]
     cpus: Option<Vcpus>,
     /// Memory: MiB, or like 512M, 2G [default: the server's]
-    #[arg(long, value_name = "SIZE", value_parser = size::memory)]
+    #[arg(long, value_name = "SIZE", value_parser = size::memory, allow_negative_numbers = true)]
     memory: Option<MiB>,
     /// Writable disk: MiB, or like 512M, 20G [default: the server's]
-    #[arg(long, value_name = "SIZE", value_parser = size::disk)]
+    #[arg(long, value_name = "SIZE", value_parser = size::disk, allow_negative_numbers = true)]
     disk: Option<MiB>,
     /// Volume, and where it is mounted; `ro`: only to read, as any number of VMs may at once; may be repeated
     #[arg(short, long = "volume", value_name = "NAME:/PATH[:ro]", value_parser = volume::mount)]
@@ -44,7 +44,7 @@ pub struct VmArgs {
     #[arg(long, value_enum, value_name = "REACH", default_value = "default")]
     network: Reach,
     /// Stop it after this long (one of `run --rm`: delete it): seconds, or like 90s, 30m, 12h; `clawpot ttl` puts it off [default: never]
-    #[arg(long, value_name = "TIME", value_parser = time::positive)]
+    #[arg(long, value_name = "TIME", value_parser = time::positive, allow_negative_numbers = true)]
     ttl: Option<Duration>,
     /// Start it again when it ended unasked: on-failure when it failed, its VMM died or the host was rebooted, always also
     /// when the guest powered itself off; not with `run --rm`

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 
+use clap::builder::NonEmptyStringValueParser;
 use clawpot_common::v1::EnvVar;
 
 use super::Outcome;
@@ -26,10 +27,10 @@ pub struct Args {
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = env::parser())]
     env: Vec<EnvVar>,
     /// Working directory [default: the VM's, else the user's home]
-    #[arg(short, long, value_name = "DIR")]
+    #[arg(short, long, value_name = "DIR", value_parser = NonEmptyStringValueParser::new())]
     workdir: Option<String>,
     /// NAME, UID, NAME:GROUP or UID:GID [default: the VM's, else root]
-    #[arg(short, long, value_name = "USER")]
+    #[arg(short, long, value_name = "USER", value_parser = NonEmptyStringValueParser::new())]
     user: Option<String>,
 }
 

@@ -17,7 +17,7 @@ use crate::watch::{Goal, Wait};
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Time for an orderly shutdown before it is cut off: seconds, or like 1500ms, 30s [default: the server's]
-    #[arg(long, value_name = "TIME", value_parser = time::positive)]
+    #[arg(long, value_name = "TIME", value_parser = time::positive, allow_negative_numbers = true)]
     grace: Option<Duration>,
     /// Return when it is asked for, not when it is done
     #[arg(long)]

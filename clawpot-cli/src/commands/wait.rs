@@ -19,7 +19,7 @@ pub struct Args {
     #[arg(long = "for", value_enum, value_name = "PHASE", default_value = "running")]
     goal: For,
     /// How long at most: seconds, or like 1500ms, 30s, 5m, 2h; exit code 124 when it is over [default: no limit]
-    #[arg(long, value_name = "TIME", value_parser = time::positive)]
+    #[arg(long, value_name = "TIME", value_parser = time::positive, allow_negative_numbers = true)]
     timeout: Option<Duration>,
     /// Name, id, or the beginning of an id
     vm: String,

@@ -50,6 +50,9 @@ fn bad_input_is_refused_in_the_servers_words() {
         &["run", "debian"],
         &["logs", "web", "--tail", "0"],
         &["wait", "web", "--for", "happiness"],
+        &["create", "debian", "--cpus", "-1"],
+        &["exec", "web", "--timeout", "-1", "--", "true"],
+        &["exec", "web", "-u", "", "--", "true"],
         &["rm"],
         &["frobnicate"],
     ] {

@@ -18,7 +18,7 @@ pub struct Args {
     #[arg(value_parser = name)]
     name: VolumeName,
     /// New size: MiB, or like 512M, 20G
-    #[arg(long, value_name = "SIZE", value_parser = size::disk)]
+    #[arg(long, value_name = "SIZE", value_parser = size::disk, allow_negative_numbers = true)]
     size: MiB,
 }
 
