@@ -30,7 +30,8 @@ use tracing_subscriber::EnvFilter;
 #[derive(Debug, Parser)]
 #[command(name = "clawpot-server", version)]
 struct Cli {
-    /// Settings [default: /etc/clawpot/server.toml, where it exists]
+    /// Settings: a TOML file with the names of these options, as memory_percent = 120; options and environment win
+    /// [default: /etc/clawpot/server.toml, where it exists]
     #[arg(long, global = true, env = "CLAWPOT_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]

@@ -249,15 +249,17 @@ impl Short {
     const fn hint(&self) -> &'static str {
         match self.resource {
             Resource::Memory => {
-                "stop or delete VMs (`clawpot ls`), ask for less, or let the server promise more: memory_percent"
+                "stop or delete VMs (`clawpot ls`), ask for less, or let the server promise more: its setting memory_percent"
             }
             Resource::Vcpus => {
-                "stop or delete VMs (`clawpot ls`), ask for less, or let the server promise more: vcpu_percent"
+                "stop or delete VMs (`clawpot ls`), ask for less, or let the server promise more: its setting vcpu_percent"
             }
-            Resource::Disk => "delete VMs (`clawpot ls`), ask for less, or let the server promise more: disk_percent",
+            Resource::Disk => {
+                "delete VMs (`clawpot ls`), ask for less, or let the server promise more: its setting disk_percent"
+            }
             Resource::Slots => "delete VMs that are not needed: `clawpot ls`, `clawpot rm`",
             Resource::FreeDisk => {
-                "free some space there, delete VMs (`clawpot rm`), or lower the watermark: low_disk_percent"
+                "free some space there, delete VMs (`clawpot rm`), or lower the watermark: the server's setting low_disk_percent"
             }
         }
     }
