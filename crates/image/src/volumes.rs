@@ -210,13 +210,11 @@ fn one_line(text: &str) -> String {
 
 /// Whether it was the host that did not let it: the file system may be in the best of order.
 fn lacks_means(done: &Finished) -> bool {
-    let lacks = [
-        "No space left on device",
-        "Cannot allocate memory",
-        "Memory allocation failed",
-        "Resource temporarily unavailable",
-    ];
-    written(done).lines().filter(|line| is_error(line)).any(|line| lacks.iter().any(|lack| line.contains(lack)))
+    let text = written(done);
+    let lacks = ["Cannot allocate memory", "Memory allocation failed", "Resource temporarily unavailable"];
+    let mut errors = text.lines().filter(|line| is_error(line));
+    // A block that could not be written is told of in a question.
+    text.contains("No space left on device") || errors.any(|line| lacks.iter().any(|lack| line.contains(lack)))
 }
 
 /// Whether it is an ext4 that says that it was unmounted in order.
