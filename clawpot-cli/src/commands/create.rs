@@ -3,7 +3,7 @@
 use clawpot_common::v1::{CreateVmRequest, Phase, Vm};
 use clawpot_types::ImageRef;
 
-use super::{INTERRUPTED, Outcome};
+use super::Outcome;
 use crate::api::{Api, retrying};
 use crate::args::{VmArgs, vm::image};
 use crate::cli::Global;
@@ -34,9 +34,9 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
         tokio::select! {
             running = until_running(&api, &vm) => vm = running?,
             // Its name may be known to nobody but us.
-            _ = tokio::signal::ctrl_c() => {
+            code = super::asked_to_end() => {
                 note(&format!("VM {} boots on; `clawpot rm {0}` deletes it", called(&vm)));
-                return Ok(INTERRUPTED);
+                return Ok(code);
             }
         }
     }

@@ -7,7 +7,7 @@ use clawpot_common::v1::{GetImageRequest, ImageDetail, Vm};
 use clawpot_types::ImageRef;
 use tonic::{Code, Response};
 
-use super::{INTERRUPTED, Outcome};
+use super::Outcome;
 use crate::api::{Api, retrying};
 use crate::args::{ProcessArgs, VmArgs, process::Process, vm::image};
 use crate::cli::Global;
@@ -101,7 +101,7 @@ async fn describe(api: &Api, image: &str) -> Result<ImageDetail, Failure> {
 async fn boot_and_exec(api: &Api, vm: &Vm, process: Process) -> Outcome {
     tokio::select! {
         running = super::create::until_running(api, vm) => running.map_err(|failure| failure.code(OWN_FAILURE))?,
-        _ = tokio::signal::ctrl_c() => return Ok(INTERRUPTED),
+        code = super::asked_to_end() => return Ok(code),
     };
     // Environment, directory and user are the VM's own: each of its commands has them.
     let called = called(vm).to_owned();

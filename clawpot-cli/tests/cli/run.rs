@@ -84,14 +84,16 @@ fn a_failed_boot_is_told_and_the_vm_kept_for_inspection() {
 
 #[test]
 fn an_interrupt_during_the_boot_removes_what_was_to_be_removed() {
-    let fake = Fake::start();
-    let child = fake.clawpot(&["run", "--rm", "slow", "--", "true"]).spawn().unwrap();
-    let booting = || fake.state.find("brave-otter").is_ok_and(|vm| vm.phase() == Phase::Booting);
-    eventually("it boots", booting);
-    std::thread::sleep(Duration::from_millis(100));
-    kill(&child, Signal::INT);
-    assert_eq!(ended(child).code, Some(130));
-    assert!(fake.state.vms.lock().unwrap().is_empty());
+    for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        let fake = Fake::start();
+        let child = fake.clawpot(&["run", "--rm", "slow", "--", "true"]).spawn().unwrap();
+        let booting = || fake.state.find("brave-otter").is_ok_and(|vm| vm.phase() == Phase::Booting);
+        eventually("it boots", booting);
+        std::thread::sleep(Duration::from_millis(100));
+        kill(&child, signal);
+        assert_eq!(ended(child).code, Some(code));
+        assert!(fake.state.vms.lock().unwrap().is_empty());
+    }
 }
 
 #[test]
