@@ -77,7 +77,7 @@ def test_what_is_in_a_volume_outlives_vms(server: Server) -> None:
 
 def test_bad_volumes_are_refused(server: Server) -> None:
     cli = server.cli
-    cli("create", "--volume", "nothing:/data", "debian").fails(1, "spec.volumes", "volume nothing: there is none")
+    cli("create", "--volume", "nothing:/data", "debian").fails(1, "--volume: volume nothing: there is none")
     cli("create", "--volume", "a:/", "debian").fails(2, "root")
     cli("create", "--volume", "a:/proc/x", "debian").fails(2, "guest kernel's")
     cli("create", "--volume", "a:/x/../y", "debian").fails(2, "'..'")

@@ -26,7 +26,7 @@ impl Service {
     pub(crate) async fn leases(&self, record: &VmRecord) -> Result<Vec<LeaseChange>> {
         let mut changes = Vec::new();
         for (name, disk) in volumes_of(record) {
-            self.no_stray_has(name).map_err(|error| error.context("spec.volumes"))?;
+            self.no_stray_has(name).map_err(in_request)?;
             let found = known_volume(&self.deps, name).await;
             let (revision, mut volume) = found.map_err(in_request)?;
             let lease = Lease { vm: record.name.clone(), read_only: disk.read_only, path: disk.mount.clone() };
