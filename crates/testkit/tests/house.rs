@@ -251,3 +251,49 @@ fn tests_are_told_from_other_words() {
     assert!(is_there(&root(), file!().trim_start_matches('/'), "tests_are_told_from_other_words"));
     assert!(!is_there(&root(), file!(), "tests_are_told"));
 }
+
+/// Where the links of a document lead that are no addresses.
+fn linked_paths(markdown: &str) -> Vec<&str> {
+    let targets = markdown.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    let paths = targets.map(|target| target.split('#').next().unwrap_or(target));
+    paths.filter(|path| !path.is_empty() && !path.contains("://")).collect()
+}
+
+/// Pages for users: in `docs/`, with its tutorials. From the README every one of them is reached.
+#[test]
+fn every_page_is_linked_and_every_link_leads_somewhere() {
+    let root = root();
+    let (mut found, mut next, mut dead) = (BTreeSet::new(), vec![root.join("README.md")], Vec::new());
+    while let Some(page) = next.pop() {
+        if !found.insert(page.clone()) {
+            continue;
+        }
+        for path in linked_paths(&std::fs::read_to_string(&page).unwrap()) {
+            match page.parent().unwrap().join(path).canonicalize() {
+                Ok(to) if to.extension().is_some_and(|extension| extension == "md") => next.push(to),
+                Ok(_) => {}
+                Err(_) => dead.push(format!("{}: {path}", page.display())),
+            }
+        }
+    }
+    let pages = ["docs", "docs/tutorials", "docs/decisions"]
+        .into_iter()
+        .flat_map(|dir| std::fs::read_dir(root.join(dir)).unwrap());
+    let pages = pages
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "md"));
+    let lost: Vec<_> = pages.filter(|page| !found.contains(page)).collect();
+    assert!(
+        dead.is_empty() && lost.is_empty(),
+        "links that lead nowhere: {dead:?}; pages that nothing leads to: {lost:?}"
+    );
+}
+
+/// It is read by looking a word up.
+#[test]
+fn the_glossary_is_in_order() {
+    let text = std::fs::read_to_string(root().join("docs/glossary.md")).unwrap();
+    let words: Vec<String> =
+        text.lines().filter_map(|row| Some(row.strip_prefix("| **")?.split_once("**")?.0.to_lowercase())).collect();
+    assert!(words.len() > 20 && words.is_sorted_by(|one, other| one < other), "{words:?}");
+}
