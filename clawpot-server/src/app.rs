@@ -41,6 +41,7 @@ impl App {
         let instance = clawpot_net::instance::read_or_create(&config.state_dir)?;
         let store = Arc::new(SqliteStore::open(&lock, clawpot_store::Options::default())?);
         let images = LocalImages::open(&config.image_dir, &config.state_dir)?;
+        warn_of_two_file_systems(config);
         let library = images.library(&unpacker()?, config.image_room);
         let volumes = LocalVolumes::open(&config.state_dir, &unpacker()?)?;
         let consoles = Consoles::new(&config.state_dir);
@@ -112,6 +113,20 @@ impl App {
 fn unpacker() -> Result<PathBuf> {
     let own = std::env::current_exe().map_err(|error| Error::io("finding this program", error))?;
     Ok(own.with_file_name("clawpot-unpack"))
+}
+
+/// VMs that live are adopted all the same, so it is no reason to end here.
+fn warn_of_two_file_systems(config: &Config) {
+    use std::os::unix::fs::MetadataExt as _;
+    let device = |path: &Path| std::fs::metadata(path).map(|meta| meta.dev()).ok();
+    let (images, state) = (&config.image_dir, &config.state_dir);
+    if device(images) != device(state) {
+        warn!(
+            images = %images.display(),
+            state = %state.display(),
+            "images and state are on two file systems: no VM can be made until both are on one"
+        );
+    }
 }
 
 async fn network(config: &Config, instance: &InstanceId) -> Result<SlotNet> {

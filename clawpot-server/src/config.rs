@@ -237,7 +237,9 @@ fn resolve(options: Options) -> Result<Config> {
     control.limits.boot = options.boot_timeout_secs.map_or(control.limits.boot, seconds);
     control.limits.abandoned = options.abandoned_secs.map_or(control.limits.abandoned, seconds);
     control.stop_grace = options.stop_grace_ms.map_or(control.stop_grace, Millis);
-    control.warm_slots = options.warm_slots.unwrap_or(control.warm_slots);
+    if let Some(count) = options.warm_slots {
+        control.warm_slots = warm_slots(count)?;
+    }
     control.stray_grace = options.stray_grace_secs.map_or(control.stray_grace, seconds);
     admission(
         &mut control.admission,
@@ -261,6 +263,15 @@ fn resolve(options: Options) -> Result<Config> {
         on_stop: options.on_stop.unwrap_or(OnStop::Leave),
         log_format: options.log_format.unwrap_or(LogFormat::Text),
     })
+}
+
+/// Of the slots that an instance has.
+fn warm_slots(count: usize) -> Result<usize> {
+    let most = clawpot_net::address::RESOLVER_SLOT.0;
+    if u32::try_from(count).is_ok_and(|count| count <= most) {
+        return Ok(count);
+    }
+    Err(Error::new(Kind::InvalidArgument, format!("warm_slots: {count}: must be 0 to {most}")))
 }
 
 /// Most that may be promised, percent: a hundred times what there is, above which it is a slip of the pen.
@@ -314,6 +325,7 @@ mod tests {
             ("default_vcpus = 33", "default_vcpus"),
             ("vmm = \"xen\"", "xen"),
             ("warm_slots = -1", "warm_slots"),
+            ("warm_slots = 1024", "warm_slots: 1024: must be 0 to 1023"),
             ("memory_percent = 0", "memory_percent: 0: must be 1 to 10000"),
             ("disk_percent = 10001", "disk_percent"),
             ("low_disk_percent = 100", "low_disk_percent: 100: must be 0 to 99"),
