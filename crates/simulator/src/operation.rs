@@ -9,6 +9,7 @@ use clawpot_testkit::{Boot, Shutdown, samples};
 use clawpot_types::{MiB, Millis, VolumeName};
 
 use crate::chance::Chance;
+use crate::weather::Climate;
 
 /// Names that clients choose from, so that they clash.
 const NAMES: u64 = 12;
@@ -16,6 +17,10 @@ const NAMES: u64 = 12;
 const VOLUME_NAMES: u64 = 6;
 /// The place of operations on volumes among the weights.
 const VOLUMES: usize = 23;
+/// Likewise those of times to live.
+const KEEP: usize = 8;
+/// About a third of all.
+const FOCUSED: u64 = 80;
 
 /// Which VM is meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,9 +104,11 @@ pub struct Mixture {
 }
 
 impl Mixture {
-    /// Some kinds are left out of each run. `calm`: nothing befalls host and guests.
+    /// Some kinds are left out of each run. In a calm one nothing befalls host and guests; in one in which something about volumes or
+    /// times to live goes wrong more often than other things, they are asked for as often.
     #[must_use]
-    pub fn drawn(chance: &mut Chance, calm: bool) -> Self {
+    pub fn drawn(chance: &mut Chance, climate: &Climate) -> Self {
+        let calm = climate.is_calm();
         let mut weights = [30, 12, 12, 14, 24, 6, 4, 6, 4, 5, 4, 2, 1, 3, 1, 1, 2, 1, 3, 2, 2, 6, 3, 24];
         for (index, weight) in weights.iter_mut().enumerate() {
             let befalls = (9..VOLUMES).contains(&index);
@@ -109,6 +116,11 @@ impl Mixture {
                 *weight = 0;
             } else if chance.one_in(6) {
                 *weight *= 4;
+            }
+        }
+        for (index, of) in [(VOLUMES, climate.is_of_volumes()), (KEEP, climate.is_of_lives())] {
+            if of {
+                weights[index] = FOCUSED;
             }
         }
         let gap = *chance.pick(&[5, 60, 400, 5_000]).unwrap_or(&60);

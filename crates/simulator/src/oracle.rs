@@ -8,7 +8,7 @@ use clawpot_control::records::{name_key, slot_key};
 use clawpot_control::service::create::Request;
 use clawpot_core::admission::{Claim, Footprint};
 use clawpot_core::ports::{Op, Txn};
-use clawpot_core::{Desired, Phase, VmRecord};
+use clawpot_core::{Desired, MachineId, Phase, VmRecord};
 use clawpot_testkit::FakeHost;
 use clawpot_types::{Revision, VmId};
 use tokio::time::Instant;
@@ -233,12 +233,14 @@ impl Oracle {
         if record.phase == Phase::Deleting {
             self.acted_on(state, &id, wrong);
         }
-        let before = state.held();
+        let machines = self.host.machines();
+        let before = state.held(&machines);
         let asked = record.generation;
         let generation = state.vms.insert(id.clone(), Seen { revision, record }).map(|seen| seen.record.generation);
         // Nobody is taken in beyond the limit; what a VM holds already, it keeps.
-        if state.held() > state.memory && state.held() > before && generation != Some(asked) {
-            wrong.push(format!("with VM {id} all VMs hold {} MiB of {}", state.held(), state.memory));
+        let held = state.held(&machines);
+        if held > state.memory && held > before && generation != Some(asked) {
+            wrong.push(format!("with VM {id} all VMs hold {held} MiB of {}", state.memory));
         }
     }
 
@@ -294,8 +296,15 @@ impl Oracle {
 
 impl State {
     /// MiB. A VM that is being deleted is counted by the server, and may have been at rest.
-    fn held(&self) -> u64 {
-        let stay = self.vms.values().filter(|seen| seen.record.phase != Phase::Deleting);
+    fn held(&self, machines: &[MachineId]) -> u64 {
+        let has_machine = |id: &VmId| machines.iter().any(|machine| machine.vm == *id);
+        let holds = |(id, seen): &(&VmId, &Seen)| match seen.record.phase {
+            Phase::Deleting => false,
+            // One that failed, and whose machine is gone, holds nothing while it is being stopped.
+            Phase::Stopping => has_machine(id),
+            _ => true,
+        };
+        let stay = self.vms.iter().filter(holds).map(|(_, seen)| seen);
         stay.map(|seen| Claim::of(&seen.record, Footprint::NONE).memory).sum()
     }
 

@@ -137,8 +137,7 @@ struct Run {
 impl Run {
     async fn whole(&mut self, operations: u64, mut chance: Chance) -> Result<(), String> {
         let climate = Climate::drawn(&mut chance);
-        let calm = climate.is_calm();
-        let mut mixture = Mixture::drawn(&mut chance, calm);
+        let mut mixture = Mixture::drawn(&mut chance, &climate);
         while self.done < operations {
             self.world.weather.set(climate.clone());
             for _ in 0..ROUND.min(operations - self.done) {

@@ -154,6 +154,23 @@ impl Climate {
         self.rates == [0; 6] && self.focus.is_none() && self.commit.is_none()
     }
 
+    /// Whether what goes wrong more often than other things is about volumes.
+    #[must_use]
+    pub fn is_of_volumes(&self) -> bool {
+        use Commit::{VolumeBegun, VolumeDoomed, VolumeGone, VolumeHeld, VolumeReady};
+        use Method::{VolumesCheck, VolumesCopy, VolumesCreate, VolumesGrow, VolumesRemove};
+        let methods = [VolumesCheck, VolumesCopy, VolumesCreate, VolumesGrow, VolumesRemove];
+        let commits = [VolumeBegun, VolumeHeld, VolumeReady, VolumeDoomed, VolumeGone];
+        self.focus.is_some_and(|(method, _)| methods.contains(&method))
+            || self.commit.is_some_and(|(commit, _)| commits.contains(&commit))
+    }
+
+    /// Or about times to live.
+    #[must_use]
+    pub fn is_of_lives(&self) -> bool {
+        self.commit.is_some_and(|(commit, _)| matches!(commit, Commit::Life | Commit::Expiry))
+    }
+
     /// A different mixture each time: a run in which everything fails finds less than runs in which some things do.
     #[must_use]
     pub fn drawn(chance: &mut Chance) -> Self {
@@ -166,19 +183,37 @@ impl Climate {
                 *rate = chance.between(1, strongest);
             }
         }
-        let focus = if chance.one_in(2) {
-            chance.pick(&Method::ALL).map(|method| (*method, *chance.pick(&[500, 2000, 6000]).unwrap_or(&500)))
-        } else {
-            None
-        };
+        let focus = chance.one_in(2).then(|| focused(chance, &Method::ALL, &RARE_METHODS)).flatten();
         let slowest = *chance.pick(&[50, 1_000, 30_000, 300_000]).unwrap_or(&50);
-        let commit = if chance.one_in(3) {
-            chance.pick(&Commit::ALL).map(|commit| (*commit, *chance.pick(&[500, 2000, 6000]).unwrap_or(&500)))
-        } else {
-            None
-        };
+        let commit = chance.one_in(2).then(|| focused(chance, &Commit::ALL, &RARE_COMMITS)).flatten();
         Self { rates, focus, commit, slowest: Duration::from_millis(slowest) }
     }
+}
+
+/// Called so seldom that each way of theirs to go wrong would come once or never in the operations of a test.
+const RARE_METHODS: [Method; 8] = [
+    Method::VolumesCreate,
+    Method::VolumesCopy,
+    Method::VolumesCheck,
+    Method::VolumesGrow,
+    Method::VolumesRemove,
+    Method::GuestShutdown,
+    Method::ConsoleRead,
+    Method::EventsWatch,
+];
+const RARE_COMMITS: [Commit; 6] =
+    [Commit::VolumeHeld, Commit::VolumeDoomed, Commit::VolumeGone, Commit::Expiry, Commit::Quarantine, Commit::Release];
+
+/// One of `all`, as often as not a rare one, and how often it goes wrong.
+fn focused<T: Copy>(chance: &mut Chance, all: &[T], rare: &[T]) -> Option<(T, u64)> {
+    let (from, rates) = if chance.one_in(2) { (rare, [2_000, 6_000, 9_000]) } else { (all, [500, 2_000, 6_000]) };
+    Some((*chance.pick(from)?, *chance.pick(&rates)?))
+}
+
+/// How a call that is in focus goes wrong. From a crash most is learnt, and what goes wrong elsewhere is seldom one: twice.
+fn ways(method: Method) -> Vec<Failpoint> {
+    let ways = Failpoint::ALL.into_iter().chain([Failpoint::CrashBefore, Failpoint::CrashAfter]);
+    ways.filter(|at| at.is_of(method)).collect()
 }
 
 /// Far more calls than all VMs of a run make at one instant.
@@ -293,24 +328,22 @@ impl State {
     }
 
     fn drawn(&mut self, method: Method, commit: Option<Commit>) -> Option<Failpoint> {
-        let possible = |at: &Failpoint| at.is_of(method);
         if let Some((focus, rate)) = self.climate.commit
             && Some(focus) == commit
             && self.chance.below(10_000) < rate
         {
-            return self.chance.pick(&Failpoint::ALL).copied();
+            return self.chance.pick(&ways(method)).copied();
         }
         if let Some((focus, rate)) = self.climate.focus
             && focus == method
             && self.chance.below(10_000) < rate
         {
-            let all: Vec<Failpoint> = Failpoint::ALL.into_iter().filter(possible).collect();
-            return self.chance.pick(&all).copied();
+            return self.chance.pick(&ways(method)).copied();
         }
         let mut left = self.chance.below(10_000);
         for (at, rate) in Failpoint::ALL.into_iter().zip(self.climate.rates) {
             if left < rate {
-                return Some(at).filter(possible);
+                return Some(at).filter(|at| at.is_of(method));
             }
             left -= rate;
         }
