@@ -40,9 +40,16 @@ impl Service {
                 // It may take long; until it is done no machine gets it.
                 self.note_volume(&record.id, Some(record.size));
                 self.volume_in_doubt(&record.name);
-            } else if let Err(error) = self.put_in_order(&record.name).await {
-                warn!(name = %record.name, error = error.chain(), "bringing a volume in order");
-                self.volume_in_doubt(&record.name);
+                continue;
+            }
+            match self.put_in_order(&record.name).await {
+                Ok(true) => {}
+                // Where the first look failed somebody may have it by now, and its size is counted by nobody until it is looked at.
+                Ok(false) => self.volume_in_doubt(&record.name),
+                Err(error) => {
+                    warn!(name = %record.name, error = error.chain(), "bringing a volume in order");
+                    self.volume_in_doubt(&record.name);
+                }
             }
         }
         for (key, error) in &unreadable {
