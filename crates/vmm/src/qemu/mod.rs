@@ -53,8 +53,9 @@ pub enum Accel {
 /// its heap and stacks), with 1 to 4 CPUs under TCG and guests of 0.5 to 4 GiB that filled it; the emulated TLBs may grow
 /// with CPUs and memory. Threads: two of its own and up to 64 for its disks' input and output; 12 were seen.
 const OVERHEAD: Overhead = Overhead { footprint: FOOTPRINT, memory: MiB(288), memory_per_vcpu: MiB(48), threads: 128 };
-/// Of small guests, under TCG: 151 and 155 MiB when they idle, 231 and 239 when they work (1 CPU and 256 MiB, 4 and 512).
-const FOOTPRINT: Footprint = Footprint { memory: MiB(224), memory_per_vcpu: MiB(16) };
+/// Of small guests, under TCG: 152–157 MiB when they have just booted; 240 with 1 or 2 CPUs (256 MiB) and 265 with 4 (512) after
+/// minutes of work of several kinds, and it does not go back when they idle.
+const FOOTPRINT: Footprint = Footprint { memory: MiB(256), memory_per_vcpu: MiB(16) };
 
 /// The driver. Cheap to clone.
 #[derive(Clone, Debug)]
