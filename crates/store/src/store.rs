@@ -129,6 +129,21 @@ impl SqliteStore {
     }
 }
 
+impl SqliteStore {
+    /// Readers see a commit before the writer publishes it: where that leaves a doubt, what is on disk decides.
+    async fn check_not_ahead(&self, from: Revision) -> Result<()> {
+        if from.0 <= self.hub.changes().position() {
+            return Ok(());
+        }
+        let revision = self.readers.with(|conn| from_sql(schema::meta(conn, "revision")?)).await?;
+        if from.0 <= revision {
+            return Ok(());
+        }
+        let text = format!("state store: revision {from} is ahead of its {revision}: it is of another store");
+        Err(Error::new(Kind::Compacted, text).hint("list again and watch from the revision of the list"))
+    }
+}
+
 impl Drop for SqliteStore {
     fn drop(&mut self) {
         self.queue.close();
@@ -170,14 +185,15 @@ impl StateStore for SqliteStore {
     }
 
     async fn watch(&self, prefix: &str, from: Revision) -> Result<BoxStream<Result<Change>>> {
+        self.check_not_ahead(from).await?;
         let prefix = prefix.to_owned();
         let wanted = prefix.clone();
         let (live, until) = {
             let mut topic = self.hub.changes();
-            check_reach(from, topic.floor(), topic.position())?;
-            let live =
-                topic.subscribe(self.options.watcher_backlog, move |change: &Change| change.key.starts_with(&wanted));
-            (live, topic.position())
+            check_floor(from, topic.floor())?;
+            // The caller may have read what is committed and not published yet: it is not told again.
+            let wants = move |change: &Change| change.revision > from && change.key.starts_with(&wanted);
+            (topic.subscribe(self.options.watcher_backlog, wants), topic.position())
         };
         let page = move |conn: &Connection, cursor: Cursor| rows::changes(conn, &prefix, cursor, until);
         Ok(watching(Arc::clone(&self.readers), Arc::new(page), (from.0, WHOLE), live))
@@ -201,7 +217,7 @@ impl EventLog for SqliteStore {
         let wanted = vm.clone();
         let (live, until) = {
             let mut topic = self.hub.events();
-            check_reach(after, topic.floor(), u64::MAX)?;
+            check_floor(after, topic.floor())?;
             let live = topic.subscribe(self.options.watcher_backlog, move |(_, event): &Written| {
                 event.id > after && wanted.as_ref().is_none_or(|vm| event.about.is_vm(vm))
             });
@@ -228,15 +244,8 @@ fn events_page(conn: &Connection, vm: Option<&VmId>, after: Revision, limit: usi
     Ok(page.into_iter().map(|(_, (_, event))| event).collect())
 }
 
-fn check_reach(from: Revision, floor: u64, position: u64) -> Result<()> {
-    if from.0 < floor {
-        return Err(rows::compacted(from.0, floor));
-    }
-    if from.0 > position {
-        let text = format!("state store: revision {from} is ahead of its {position}: it is of another store");
-        return Err(Error::new(Kind::Compacted, text).hint("list again and watch from the revision of the list"));
-    }
-    Ok(())
+fn check_floor(from: Revision, floor: u64) -> Result<()> {
+    if from.0 < floor { Err(rows::compacted(from.0, floor)) } else { Ok(()) }
 }
 
 /// Keys and values as the port promises them; each key, and each kind of event of a VM, at most once.

@@ -33,6 +33,22 @@ async fn what_was_committed_is_there_after_a_restart() {
     assert_eq!(changes.next().await.unwrap().unwrap().revision, revision, "watchers may go back beyond the restart");
 }
 
+/// Readers see a commit before its writer has published it: a list of that moment can be watched from.
+#[tokio::test]
+async fn what_is_committed_and_not_published_yet_can_be_watched_from() {
+    let state = State::new();
+    let Revision(published) = state.commit(vec![put("vms/a", "1")]).await;
+    // The writer between its commit and its publishing.
+    raw(&state.dir()).execute("UPDATE meta SET value = value + 1 WHERE name = 'revision'", []).unwrap();
+    let committed = Revision(published + 1);
+    assert_eq!(StateStore::list(state.store(), "").await.unwrap().revision, committed);
+    let mut changes = StateStore::watch(state.store(), "", committed).await.unwrap();
+    let refused = StateStore::watch(state.store(), "", committed.next()).await.err().unwrap();
+    assert_eq!(refused.kind(), Kind::Compacted);
+    let next = state.commit(vec![put("vms/a", "2")]).await;
+    assert_eq!(changes.next().await.unwrap().unwrap().revision, next);
+}
+
 #[tokio::test]
 async fn only_the_owner_may_read() {
     let state = State::new();
