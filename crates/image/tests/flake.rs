@@ -159,6 +159,11 @@ async fn a_flakes_directory_becomes_a_read_only_disk_and_its_lock_is_known() {
     assert_eq!(std::fs::read_dir(host.dir.path().join("state/builds")).unwrap().count(), 0);
 }
 
+/// One more for the next entry, of 60,000 bytes.
+fn attribute(tar: Tar, number: usize) -> Tar {
+    tar.pax(EntryType::XHeader, [(format!("SCHILY.xattr.user.{number}"), [b'x'; 60_000].as_slice())])
+}
+
 #[tokio::test]
 async fn what_is_no_flake_is_told_before_anything_is_made() {
     let host = Host::new();
@@ -170,6 +175,12 @@ async fn what_is_no_flake_is_told_before_anything_is_made() {
         (flake().file("../up", b"").end(), Kind::InvalidArgument, ".."),
         (flake().file("/etc/x", b"").end(), Kind::InvalidArgument, "absolute"),
         (b"what is this?".repeat(100), Kind::InvalidArgument, "reading the archive"),
+        // The server reads this itself, before any entry comes of it.
+        (
+            (0..20).fold(Tar::default(), attribute).file("flake.nix", b"").end(),
+            Kind::InvalidArgument,
+            "extended attributes have over",
+        ),
     ];
     for (n, (archive, kind, why)) in (1..).zip(cases) {
         let error = receive(&bench, &id(n), archive).await.unwrap_err();

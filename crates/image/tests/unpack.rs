@@ -121,6 +121,12 @@ async fn layers_become_a_file_system() {
     clawpot_host::process::Tool::new(check).args(["-f", "-n"]).args([&rootfs]).run().await.unwrap();
 }
 
+const MUCH: &[u8] = &[b'x'; 60_000];
+
+fn headers(count: usize, add: impl Fn(Tar, usize) -> Tar) -> Tar {
+    (0..count).fold(Tar::default(), add)
+}
+
 /// What no honest tool makes, and what is said of it.
 fn attacks() -> Vec<(&'static str, Vec<u8>, Kind, &'static str)> {
     let file = |path: &str| Tar::default().file(path, b"x").end();
@@ -188,6 +194,29 @@ fn attacks() -> Vec<(&'static str, Vec<u8>, Kind, &'static str)> {
                 .end(),
             bad,
             "over 255 bytes",
+        ),
+        (
+            "headers without an entry",
+            headers(65, |tar, _| tar.pax(EntryType::XHeader, [])).file("a", b"").end(),
+            bad,
+            "over 64 headers in a row",
+        ),
+        (
+            "attributes without end",
+            headers(20, |tar, n| tar.pax(EntryType::XHeader, [(format!("SCHILY.xattr.user.{n}"), MUCH)]))
+                .file("a", b"")
+                .end(),
+            bad,
+            "extended attributes have over",
+        ),
+        (
+            "much said of all entries",
+            headers(2, |tar, _| {
+                tar.pax(EntryType::XGlobalHeader, [("comment".to_owned(), &MUCH[..40_000])]).file("a", b"")
+            })
+            .end(),
+            bad,
+            "headers for all entries have over",
         ),
         ("depth through links", deeper.dir(&format!("t/{}", "d/".repeat(40))).end(), bad, "directories deep"),
         ("no tar", vec![b'x'; 4096], bad, "not a tar archive"),
@@ -279,6 +308,22 @@ async fn what_is_wrong_with_the_archive_itself_is_said() {
             "layer 1",
         ),
         ("nothing", Vec::new(), Kind::InvalidArgument, "neither index.json"),
+        // The server reads these itself: what it keeps of them is bounded.
+        (
+            "headers without an entry",
+            headers(65, |tar, _| tar.pax(EntryType::XHeader, [])).0,
+            Kind::InvalidArgument,
+            "over 64 headers in a row",
+        ),
+        (
+            "links without end",
+            headers(2100, |tar, n| {
+                tar.pax(EntryType::XHeader, [("linkpath".to_owned(), &MUCH[..4096])]).symlink(&format!("link{n}"), "x")
+            })
+            .end(),
+            Kind::InvalidArgument,
+            "names in the archive have over 8 MiB",
+        ),
     ];
     for (what, archive, kind, word) in cases {
         let error = import(&library, archive, "bad").await.expect_err(what);

@@ -20,6 +20,8 @@ use crate::unpack::tree::clean;
 const ENTRIES: usize = 16_384;
 /// What the kernel takes for a path (PATH_MAX), bytes: links are kept in memory.
 const LONGEST_LINK: usize = 4096;
+/// Bytes of all names and of what links point to, which are kept in memory: 512 of each entry, where a layout's names have 77.
+const NAMES: usize = 8 << 20;
 /// A layout is two directories deep, what `docker save` writes is one.
 const DEPTH: usize = 16;
 
@@ -94,7 +96,7 @@ impl Spool {
             _work: work,
         };
         let mut archive = Archive::new(archive);
-        let mut bytes = 0_u64;
+        let (mut bytes, mut names) = (0_u64, 0_usize);
         let what = |error: Error| error.context("reading the archive");
         while let Some(entry) = archive.next_entry().map_err(what)? {
             // Each counts, also one whose name was there before.
@@ -103,6 +105,10 @@ impl Spool {
                 return Err(bad(format!("the archive has over {ENTRIES} entries")));
             }
             let name = text(&clean(&entry.path, DEPTH)?)?;
+            names = names.saturating_add(name.len()).saturating_add(entry.link.len());
+            if names > NAMES {
+                return Err(bad(format!("the names in the archive have over {} MiB", NAMES >> 20)));
+            }
             bytes = bytes.saturating_add(entry.size);
             match entry.what {
                 What::File if bytes > limit => {

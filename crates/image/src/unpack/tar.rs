@@ -1,6 +1,7 @@
 //! Tar archives as layers have them: ustar, GNU and PAX names, extended attributes, sparse files. The fields of a header are
 //! read by the crate `tar`; the walk from header to header is ours, as there every length that an archive claims is bounded.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 
 use clawpot_types::{Error, Kind, Result};
@@ -8,6 +9,13 @@ use tar::{EntryType, Header, PaxExtensions};
 
 /// Bytes of one header that extends the next one (long names, PAX records): PATH_MAX is 4,096, attributes are at most 64 KiB each.
 const EXTENSION_LIMIT: u64 = 1 << 20;
+/// Such headers in front of one entry. An honest one has four at most: of the whole archive, of the entry, and two long names. Nothing
+/// else counts them, as none of them is an entry.
+const EXTENSIONS: usize = 64;
+/// Bytes of all headers that speak of every entry to come, as each entry gets a copy. `git archive` writes 52, the commit.
+const GLOBAL_LIMIT: u64 = 64 << 10;
+/// Bytes of one entry's extended attributes with their names, however many headers they come in. ext4 takes a block or two.
+const XATTRS_LIMIT: usize = 1 << 20;
 /// Stretches of data of one sparse file. GNU tar writes one per hole; 65,536 of them are a file that is no longer sparse.
 const SPARSE_LIMIT: usize = 65_536;
 const BLOCK: usize = 512;
@@ -48,6 +56,8 @@ pub struct Archive<R> {
     left: u64,
     padding: u64,
     global: Pax,
+    /// Of the headers that made `global`.
+    global_bytes: u64,
 }
 
 /// What extended headers say, the last one of each key.
@@ -59,7 +69,9 @@ struct Pax {
     uid: Option<u64>,
     gid: Option<u64>,
     mtime: Option<i64>,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Their bytes, names and values.
+    xattr_bytes: usize,
     sparse_name: Option<Vec<u8>>,
     sparse_size: Option<u64>,
     /// 0.0 and 0.1 have it in the header, 1.0 in front of the data.
@@ -78,7 +90,7 @@ fn read_failed(error: io::Error) -> Error {
 
 impl<R: Read> Archive<R> {
     pub fn new(inner: R) -> Self {
-        Self { inner, left: 0, padding: 0, global: Pax::default() }
+        Self { inner, left: 0, padding: 0, global: Pax::default(), global_bytes: 0 }
     }
 
     pub fn inner(&mut self) -> &mut R {
@@ -94,7 +106,7 @@ impl<R: Read> Archive<R> {
         self.skip_rest()?;
         let mut pax = self.global.clone();
         let (mut long_path, mut long_link) = (None, None);
-        loop {
+        for _ in 0..=EXTENSIONS {
             let mut block = [0; BLOCK];
             if !self.read_block(&mut block)? || block.iter().all(|byte| *byte == 0) {
                 return Ok(None);
@@ -107,6 +119,10 @@ impl<R: Read> Archive<R> {
                 EntryType::GNULongLink => long_link = Some(without_nul(self.extension(size)?)),
                 EntryType::XHeader => pax.read(&self.extension(size)?)?,
                 EntryType::XGlobalHeader => {
+                    self.global_bytes = self.global_bytes.saturating_add(size);
+                    if self.global_bytes > GLOBAL_LIMIT {
+                        return Err(bad(format!("headers for all entries have over {GLOBAL_LIMIT} bytes")));
+                    }
                     let bytes = self.extension(size)?;
                     self.global.read(&bytes)?;
                     pax.read(&bytes)?;
@@ -119,12 +135,13 @@ impl<R: Read> Archive<R> {
                 }
             }
         }
+        Err(bad(format!("over {EXTENSIONS} headers in a row that extend the next one")))
     }
 
     fn entry(
         &mut self,
         header: &Header,
-        pax: Pax,
+        mut pax: Pax,
         long_path: Option<Vec<u8>>,
         long_link: Option<Vec<u8>>,
         size: u64,
@@ -157,7 +174,7 @@ impl<R: Read> Archive<R> {
             mtime: pax.mtime.map_or(mtime, Ok)?,
             size: self.left,
             sparse: None,
-            xattrs: pax.xattrs.clone(),
+            xattrs: std::mem::take(&mut pax.xattrs).into_iter().collect(),
             path,
             link,
         };
@@ -387,6 +404,9 @@ impl Pax {
             self.take(key, value)
                 .ok_or_else(|| bad(format!("PAX header {}: {} makes no sense", shown(key), shown(value))))?;
         }
+        if self.xattr_bytes > XATTRS_LIMIT {
+            return Err(bad(format!("an entry's extended attributes have over {XATTRS_LIMIT} bytes")));
+        }
         Ok(())
     }
 
@@ -409,8 +429,9 @@ impl Pax {
             }
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.".as_slice()) {
-                    self.xattrs.retain(|(known, _)| known != name);
-                    self.xattrs.push((name.to_owned(), value.to_owned()));
+                    let before = self.xattrs.insert(name.to_owned(), value.to_owned());
+                    self.xattr_bytes -= before.map_or(0, |value| name.len() + value.len());
+                    self.xattr_bytes += name.len() + value.len();
                 }
             }
         }

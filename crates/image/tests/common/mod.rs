@@ -43,18 +43,23 @@ pub const FILE: Entry<'static> =
 impl Tar {
     pub fn add(mut self, entry: &Entry<'_>) -> Self {
         if !entry.xattrs.is_empty() {
-            let mut records = Vec::new();
-            for (name, value) in entry.xattrs {
-                let rest = [b" SCHILY.xattr.", name.as_bytes(), b"=", value, b"\n"].concat();
-                // The length counts its own digits.
-                let length =
-                    (rest.len() + 1..).find(|length| length.to_string().len() + rest.len() == *length).unwrap();
-                records.extend([length.to_string().as_bytes(), &rest].concat());
-            }
-            let pax = Entry { kind: tar::EntryType::XHeader, path: "pax", data: &records, ..FILE };
-            self.raw(&pax);
+            let records = entry.xattrs.iter().map(|(name, value)| (format!("SCHILY.xattr.{name}"), *value));
+            self = self.pax(tar::EntryType::XHeader, records);
         }
         self.raw(entry);
+        self
+    }
+
+    /// A header of records, `kind` of the next entry or of all.
+    pub fn pax<'a>(mut self, kind: tar::EntryType, records: impl IntoIterator<Item = (String, &'a [u8])>) -> Self {
+        let mut bytes = Vec::new();
+        for (key, value) in records {
+            let rest = [b" ", key.as_bytes(), b"=", value, b"\n"].concat();
+            // The length counts its own digits.
+            let length = (rest.len() + 1..).find(|length| length.to_string().len() + rest.len() == *length).unwrap();
+            bytes.extend([length.to_string().as_bytes(), &rest].concat());
+        }
+        self.raw(&Entry { kind, path: "pax", data: &bytes, ..FILE });
         self
     }
 
