@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Inner VMs whose run ended without removing them: a killed agent, a lost connection.
-set -euo pipefail
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
-if ((EUID != 0)); then exec sudo -E -- ci/inner-vm sweep; fi
-exec ci/inner-vm sweep
+# shellcheck source=.buildkite/scripts/step.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/step.sh"
+if ((EUID == 0)); then ci/inner-vm sweep; else sudo -E -- ci/inner-vm sweep; fi

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # The integration tests in an inner VM, on the package of the build step. What they leave is in artifacts/, passed or not.
-set -euo pipefail
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=.buildkite/scripts/step.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/step.sh"
 package=target/ci/package.tar.zst
+# The golden image takes Firecracker from the assets, and the checkout begins without any.
+ci/cache restore assets
 if [[ -n ${BUILDKITE_BUILD_ID:-} ]]; then
   mkdir -p target/ci
   buildkite-agent artifact download "$package" . --step build
 fi
-if ((EUID != 0)); then exec sudo -E -- ci/run-local --package "$package" --artifacts artifacts "$@"; fi
-exec ci/run-local --package "$package" --artifacts artifacts "$@"
+as_root=()
+if ((EUID != 0)); then as_root=(sudo -E --); fi
+"${as_root[@]}" ci/run-local --package "$package" --artifacts artifacts "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Formats and lints of everything.
-set -euo pipefail
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=.buildkite/scripts/step.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/step.sh"
 ci/cache restore
-exec scripts/lint.sh
+scripts/lint.sh
