@@ -24,6 +24,9 @@ use crate::unpack::wire::{self, Order, ROOTFS, Report};
 /// What is kept of what the helper writes to stderr, bytes.
 const STDERR: u64 = 16 << 10;
 
+/// `SIGXFSZ`: it wrote further into a file than its limit lets it.
+pub(crate) const TOO_LARGE: i32 = 25;
+
 /// Where helpers work, and which program they are.
 #[derive(Clone, Debug)]
 pub struct Builder {
@@ -268,9 +271,17 @@ pub(crate) fn blame(error: Error, exit: Exit, stderr: &File) -> Error {
     if said.contains("No space left") || said.contains("Could not allocate") {
         return Error::new(Kind::Exhausted, error.what().to_owned()).because(Error::new(Kind::Exhausted, said));
     }
+    // Both are limits that the same layers meet again.
+    if exit == Exit::Signal(TOO_LARGE) || said.contains("memory allocation of") {
+        let how = match exit {
+            Exit::Signal(TOO_LARGE) => "a file would be larger than what is left for it".to_owned(),
+            _ => format!("the helper needs more memory than it may have; {said}"),
+        };
+        return Error::new(Kind::Exhausted, error.what().to_owned()).because(Error::new(Kind::Exhausted, how));
+    }
     let how = match exit {
         Exit::Code(0) => said,
-        // Memory allocation failed under its limit: Rust aborts.
+        // By the kernel: the host has no memory left, or the helper had its time.
         Exit::Signal(6 | 9 | 11) => format!("the helper was {exit}: over its memory or time, or a defect; {said}"),
         _ => format!("{exit}; {said}"),
     };
@@ -446,5 +457,27 @@ pub fn format_of(file: &mut impl Read) -> Result<crate::manifest::Format> {
         ([0xe2, 0xe1, 0xf5, 0xe0], _) => Ok(crate::manifest::Format::Erofs),
         (_, [0x53, 0xef]) => Ok(crate::manifest::Format::Ext4),
         _ => Err(Error::new(Kind::InvalidArgument, "neither ext4 nor erofs")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn only_what_the_same_layers_meet_again_is_over_a_limit() {
+        let kind = |exit, said: &str| {
+            let mut stderr = tempfile::tempfile().unwrap();
+            stderr.write_all(said.as_bytes()).unwrap();
+            blame(Error::new(Kind::Internal, "unpacking"), exit, &stderr).kind()
+        };
+        assert_eq!(kind(Exit::Signal(TOO_LARGE), ""), Kind::Exhausted);
+        assert_eq!(kind(Exit::Signal(6), "memory allocation of 4096 bytes failed"), Kind::Exhausted);
+        assert_eq!(kind(Exit::Code(1), "mke2fs: No space left on device"), Kind::Exhausted);
+        // The host's memory, or its operator: another time it may go well.
+        assert_eq!(kind(Exit::Signal(9), ""), Kind::Internal);
+        assert_eq!(kind(Exit::Signal(11), ""), Kind::Internal);
     }
 }

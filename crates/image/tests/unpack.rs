@@ -222,6 +222,21 @@ fn attacks() -> Vec<(&'static str, Vec<u8>, Kind, &'static str)> {
         ("no tar", vec![b'x'; 4096], bad, "not a tar archive"),
         ("a cut archive", cut, bad, "the archive ends"),
         ("a bomb", Tar::default().file("zeros", &vec![0; 300 << 20]).end(), Kind::Exhausted, "a bomb"),
+        (
+            "a file of 2^60 bytes that is one hole",
+            Tar::default()
+                .pax(
+                    EntryType::XHeader,
+                    [
+                        ("GNU.sparse.size".to_owned(), b"1152921504606846976".as_slice()),
+                        ("GNU.sparse.map".to_owned(), b"0,0"),
+                    ],
+                )
+                .file("huge", b"")
+                .end(),
+            Kind::Exhausted,
+            "entry \"huge\": a file of 1099511627776 MiB",
+        ),
         ("a whiteout of ..", file(".wh..."), bad, "hides nothing"),
         (
             "an unknown type",

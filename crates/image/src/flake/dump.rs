@@ -8,13 +8,10 @@ use std::path::Path;
 use clawpot_host::process::{Exit, find_program};
 use clawpot_types::{Error, Kind, Result};
 
-use crate::build::{Builder, Work, blame, blocking, lines, report, take_back, unexpected, until_it_becomes};
+use crate::build::{Builder, TOO_LARGE, Work, blame, blocking, lines, report, take_back, unexpected, until_it_becomes};
 use crate::unpack::limits::Limits;
 use crate::unpack::sandbox::NO_LANDLOCK;
 use crate::unpack::wire::{self, Order, Report};
-
-/// `SIGXFSZ`: it wrote further than its limit lets it.
-const TOO_LARGE: i32 = 25;
 
 /// Those of `files` (names in the disk's root) that there are, as files of these names in the directory that is given; each
 /// is at most `most` bytes. The disk is the helper's meanwhile.

@@ -8,6 +8,7 @@ use clawpot_types::{Digest, Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 
 use super::inflate::{Inflate, Piece};
+use super::tar::{Entry, What, shown};
 
 /// What one image may make of a host, all its layers together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,15 +92,26 @@ impl Budget {
             .hint("that is the limit of files, directories and links; see --image-max-entries"))
     }
 
+    /// Before a file is made: a sparse one is as large as its archive says, in which there is next to nothing of it.
+    pub fn file(&self, entry: &Entry) -> Result<()> {
+        if entry.what != What::File || entry.size <= self.limits.bytes {
+            return Ok(());
+        }
+        let (mib, most) = (entry.size >> 20, self.limits.bytes >> 20);
+        Err(too_much(format!("entry {}: a file of {mib} MiB, where {most} are the most", shown(&entry.path)))
+            .hint(LARGER))
+    }
+
     fn unpacked(&mut self, bytes: u64) -> Result<()> {
         self.bytes = self.bytes.saturating_add(bytes);
         if self.bytes <= self.limits.bytes {
             return Ok(());
         }
-        Err(too_much(format!("the image is larger than {} MiB unpacked", self.limits.bytes >> 20))
-            .hint("that is the limit, or what the disk and the store's quota leave; see --image-quota-mib"))
+        Err(too_much(format!("the image is larger than {} MiB unpacked", self.limits.bytes >> 20)).hint(LARGER))
     }
 }
+
+const LARGER: &str = "that is the limit, or what the disk and the store's quota leave; see --image-quota-mib";
 
 fn too_much(what: String) -> Error {
     Error::new(Kind::Exhausted, what)
