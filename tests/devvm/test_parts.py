@@ -1,17 +1,21 @@
 """Parts of the VM tools that can be tried without a VM that lives long."""
 
 import argparse
+import importlib.machinery
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from vmlab import accel, devvm, golden, host, machine, qemu, recipe, sizes
+from vmlab import accel, devvm, golden, host, inner, machine, qemu, recipe, sizes, ssh
 from vmlab.errors import LabError, Lacking
 
 KVM_NONE = accel.Accel("tcg", "for a test", True)
@@ -180,3 +184,85 @@ def test_a_vm_that_never_gets_ready_shows_its_console(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[machine.Machine, subprocess.Popen[bytes]]]:
+    """A VM whose QEMU runs and answers nobody, and whose shared connection does not answer either."""
+    record = machine.Record("0123456789ab", "ci", str(tmp_path), "small", 1, 512, "a test", accel={"name": "tcg"})
+    process = sleeper(f"guest=clawpot-ci-{record.id}")
+    try:
+        record.pid, record.started = process.pid, qemu.start_time(process.pid) or 0
+        directory = tmp_path / "vms" / record.id
+        directory.mkdir(parents=True)
+        (directory / "ctl").touch()
+        hung = tmp_path / "bin/ssh"
+        hung.parent.mkdir()
+        hung.write_text("#!/bin/sh\nexec sleep 60\n")
+        hung.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{hung.parent}:{os.environ['PATH']}")
+        monkeypatch.setattr(ssh, "ANSWER_SECONDS", 0.3)
+        monkeypatch.setattr(qemu, "QUIT_SECONDS", 0.3)
+        vm = machine.Machine(directory, record)
+        vm.save()
+        yield vm, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_vm_that_answers_nobody_is_destroyed_all_the_same(
+    hanging: tuple[machine.Machine, subprocess.Popen[bytes]],
+) -> None:
+    vm, process = hanging
+    vm.destroy()
+    assert process.wait(5) == -9
+    assert not vm.directory.exists()
+
+
+def test_no_room_for_what_the_tests_left_keeps_no_inner_vm(
+    hanging: tuple[machine.Machine, subprocess.Popen[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, process = hanging
+    run_local = program("ci/run-local")
+    monkeypatch.setattr(inner, "launch", lambda say, wanted: vm)
+    monkeypatch.setattr(run_local, "tests", lambda arguments, vm: 0)
+    (tmp_path / "file").touch()
+    arguments = argparse.Namespace(artifacts=tmp_path / "file/artifacts", memory=512, keep=False)
+    with pytest.raises(NotADirectoryError):
+        run_local.in_vm(arguments, tmp_path / "package.tar")
+    assert process.wait(5) == -9
+    assert not vm.directory.exists()
+
+
+def program(name: str) -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader(name.replace("-", "_").replace("/", "."), str(host.REPO / name))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def test_artifacts_take_the_place_of_nothing_but_artifacts(tmp_path: Path) -> None:
+    """The program itself: what it is given is refused before anything is packed or booted."""
+    home = tmp_path / "home"
+    (home / "report").mkdir(parents=True)
+    (home / "report/thesis.tex").write_text("years")
+    for more, said in ((), "no run's console"), (("letters",), "letters"), (("console.log", "letters"), "letters"):
+        for name in more:
+            (home / name).touch()
+        words = [sys.executable, host.REPO / "ci/run-local", "--no-build", "--artifacts", home]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 1 and f"is no directory of artifacts: there is {said} in it" in done.stderr, done
+    assert (home / "report/thesis.tex").read_text() == "years"
+    (home / "letters").unlink()
+    (home / "link").symlink_to(home / "report")
+    with pytest.raises(LabError, match="link"):
+        inner.need_own(home)
+    (home / "link").unlink()
+    inner.need_own(home)
+    inner.clear(home)
+    assert list(home.iterdir()) == []
+    inner.need_own(home)
+    inner.clear(tmp_path / "not there")

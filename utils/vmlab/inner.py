@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ MEMORY_MIB = 3072
 OLDEST = 6 * 3600
 #: What is worth keeping of a run: where it is inside, and what it is called outside.
 KEPT = {"/work/clawpot/tests/integration/report": "report", "/var/log/clawpot-ci": "inner"}
+#: And what lies beside the VM outside. The first is there whenever a VM was started.
+BESIDE = ("console.log", "console.log.1", "qemu.log")
 
 
 def build_golden(say: Say, rebuild: bool = False) -> golden.Golden:
@@ -85,7 +88,7 @@ def inner_vms() -> list[Machine]:
 def collect(inner: Machine, to: Path, say: Say) -> None:
     """What tells how a run went. A VM that answers no more leaves its console at least."""
     host.make_directory(to)
-    for name in ("console.log", "console.log.1", "qemu.log"):
+    for name in BESIDE:
         with contextlib.suppress(FileNotFoundError):
             (to / name).write_bytes((inner.directory / name).read_bytes())
     if not inner.running():
@@ -100,6 +103,24 @@ def collect(inner: Machine, to: Path, say: Say) -> None:
                 ssh.copy_out(inner, inside, to / name)
         except LabError as error:
             say(f"  {inside} could not be copied: {error}")
+
+
+def need_own(to: Path) -> None:
+    """That what is in this directory is an earlier run's: it is going to be removed."""
+    names = {path.name for path in to.iterdir()} if to.is_dir() else set()
+    ours = {*BESIDE, *KEPT.values()}
+    if (to.exists() and not to.is_dir()) or not names <= ours or (names and BESIDE[0] not in names):
+        other = ", ".join(sorted(names - ours)[:3]) or "no run's console"
+        raise LabError(f"{to} is no directory of artifacts: there is {other} in it", "name one that is empty or not there yet")
+
+
+def clear(to: Path) -> None:
+    """Removes what an earlier run left there, and nothing else."""
+    for path in (to / name for name in (*BESIDE, *KEPT.values())):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def orphans(oldest: float = OLDEST) -> list[tuple[Machine, str]]:

@@ -20,6 +20,8 @@ INSIDE = "/work/clawpot"
 NOT_SYNCED = ("/.git", "/.devvm", "/target", "/assets", "__pycache__/", ".venv/", ".work/", ".pytest_cache/", "*.pyc")
 #: sshd answers within a second of the boot marker; an emulated one under load within ten.
 CONNECT_SECONDS = 60.0
+#: The shared connection is a process of this machine.
+ANSWER_SECONDS = 20.0
 
 
 def options(machine: "Machine", multiplexed: bool = True) -> list[str]:
@@ -54,20 +56,26 @@ def connect(machine: "Machine") -> None:
     """
     if len(str(machine.directory)) >= 80:
         return
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     target = "root@127.0.0.1"
-    check = subprocess.run(ssh(machine, "-O", "check", target), check=False, **quiet)  # type: ignore[call-overload]
-    if check.returncode != 0:
+    if not quietly(ssh(machine, "-O", "check", target), ANSWER_SECONDS):
         (machine.directory / "ctl").unlink(missing_ok=True)
-        words = ssh(machine, "-M", "-N", "-f", "-o", "ControlPersist=600", target)
-        subprocess.run(words, check=False, start_new_session=True, timeout=CONNECT_SECONDS + 30, **quiet)  # type: ignore[call-overload]
+        quietly(ssh(machine, "-M", "-N", "-f", "-o", "ControlPersist=600", target), CONNECT_SECONDS + 30)
+
+
+def quietly(words: Sequence[str], seconds: float) -> bool:
+    """Whether it did what it should, in time."""
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        done = subprocess.run(words, check=False, start_new_session=True, timeout=seconds, **quiet)  # type: ignore[call-overload]
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def forget(machine: "Machine") -> None:
-    """Ends the shared connection."""
+    """Ends the shared connection. One that does not answer ends with the VM."""
     if (machine.directory / "ctl").exists():
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.run(ssh(machine, "-O", "exit", "root@127.0.0.1"), check=False, timeout=20, **quiet)  # type: ignore[call-overload]
+        quietly(ssh(machine, "-O", "exit", "root@127.0.0.1"), ANSWER_SECONDS)
         (machine.directory / "ctl").unlink(missing_ok=True)
 
 
