@@ -422,6 +422,27 @@ async fn limits_are_the_images_and_the_disks() {
     import(&host.library_with(room), small(), "small").await.unwrap();
 }
 
+/// Each has 1 KiB or less of the archive.
+#[tokio::test]
+async fn many_small_files_are_counted_as_what_they_take_of_the_disk() {
+    let host = Host::new();
+    let room = Room { quota: Some(40 << 20), reserve: 0, ..Room::default() };
+    let many = |count: usize, add: &dyn Fn(Tar, &str) -> Tar| {
+        Layout::new([(0..count).fold(Tar::default(), |tar, n| add(tar, &n.to_string())).end()]).tar()
+    };
+    let file = |tar: Tar, name: &str| tar.file(name, b"x");
+    let error = import(&host.library_with(room), many(6000, &file), "small").await.unwrap_err();
+    assert!(error.chain().contains("larger than 19 MiB unpacked"), "{}", error.chain());
+    assert_eq!(error.kind(), Kind::Exhausted, "{}", error.chain());
+    // These take nothing of the tree, and a block each is kept for them in the image.
+    let link = |tar: Tar, name: &str| tar.symlink(name, "x");
+    let error = import(&host.library_with(room), many(6000, &link), "small").await.unwrap_err();
+    assert!(error.chain().contains("the image's file system would have"), "{}", error.chain());
+    assert_eq!(error.kind(), Kind::Exhausted, "{}", error.chain());
+    assert_eq!(host.files(), Vec::<String>::new());
+    import(&host.library_with(room), many(2000, &file), "small").await.unwrap();
+}
+
 /// A layer of `count` entries, some of each kind: packed, and its digest unpacked. It is never whole in memory.
 fn many(count: usize) -> (Vec<u8>, Digest) {
     let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());

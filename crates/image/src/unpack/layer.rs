@@ -30,7 +30,7 @@ pub fn apply(
     let mut count = 0_u64;
     while let Some(entry) = archive.next_entry()? {
         archive.inner().budget().entry()?;
-        archive.inner().budget().file(&entry)?;
+        archive.inner().budget().place(&entry)?;
         let size = entry.size;
         tree.put(&entry, &mut archive)?;
         count += 1;

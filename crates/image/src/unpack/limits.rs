@@ -64,6 +64,9 @@ pub fn hit(error: io::Error, what: &str) -> Error {
     })
 }
 
+/// Of a file in the tree and in the image, bytes.
+const BLOCK: u64 = 4096;
+
 /// Bytes and entries of the image so far.
 #[derive(Debug)]
 pub struct Budget {
@@ -92,14 +95,44 @@ impl Budget {
             .hint("that is the limit of files, directories and links; see --image-max-entries"))
     }
 
-    /// Before a file is made: a sparse one is as large as its archive says, in which there is next to nothing of it.
-    pub fn file(&self, entry: &Entry) -> Result<()> {
-        if entry.what != What::File || entry.size <= self.limits.bytes {
+    /// Before an entry is made. A sparse file is as large as its archive says, in which there is next to nothing of it. And where the
+    /// archive has blocks of 512 bytes the tree has pages: eight times as much of many small files.
+    pub fn place(&mut self, entry: &Entry) -> Result<()> {
+        let in_tree = match entry.what {
+            What::File if entry.size > self.limits.bytes => {
+                let (mib, most) = (entry.size >> 20, self.limits.bytes >> 20);
+                let what = format!("entry {}: a file of {mib} MiB, where {most} are the most", shown(&entry.path));
+                return Err(too_much(what).hint(LARGER));
+            }
+            What::File => {
+                let whole = [(0, entry.size)];
+                let stretches = entry.sparse.as_deref().unwrap_or(&whole).iter();
+                // Ends and lengths were found to be within the file's size.
+                stretches
+                    .map(|(_, length)| (length.next_multiple_of(BLOCK), length.next_multiple_of(512)))
+                    .fold(0, |more: u64, (blocks, packed)| more.saturating_add(blocks - packed))
+            }
+            What::Directory => BLOCK,
+            What::HardLink | What::Symlink | What::Fifo | What::Device => 0,
+        };
+        // The header was counted as it came.
+        self.unpacked(in_tree.saturating_sub(512))
+    }
+
+    /// The file system that is to be made of the tree, bytes: as much again as the tree may have, and the tree.
+    pub fn file_system(&self, bytes: u64) -> Result<()> {
+        let most = self.most_of_a_file();
+        if bytes <= most {
             return Ok(());
         }
-        let (mib, most) = (entry.size >> 20, self.limits.bytes >> 20);
-        Err(too_much(format!("entry {}: a file of {mib} MiB, where {most} are the most", shown(&entry.path)))
-            .hint(LARGER))
+        let (mib, most) = (bytes >> 20, most >> 20);
+        Err(too_much(format!("the image's file system would have {mib} MiB, where {most} are the most")).hint(LARGER))
+    }
+
+    /// Of any file that the helper makes, bytes: of the file system, which is a little larger than the tree.
+    #[must_use]
+    pub const fn most_of_a_file(&self) -> u64 {
+        self.limits.bytes.saturating_mul(2)
     }
 
     fn unpacked(&mut self, bytes: u64) -> Result<()> {

@@ -64,12 +64,12 @@ fn work(socket: BorrowedFd<'_>) -> Result<()> {
         sandbox::enter(limits.bytes, Some(disk.as_fd()))?;
         return dump(socket, &disk);
     }
-    sandbox::enter(limits.bytes.saturating_mul(2), None)?;
+    let mut budget = Budget::new(limits);
+    sandbox::enter(budget.most_of_a_file(), None)?;
     let inflate = Inflate::start()?;
     sandbox::alone()?;
     let root = make_root()?;
     let mut tree = Tree::new(root, limits.depth)?;
-    let mut budget = Budget::new(limits);
     let mut number = 0;
     loop {
         match wire::receive(socket)? {
@@ -85,7 +85,9 @@ fn work(socket: BorrowedFd<'_>) -> Result<()> {
                 told?;
                 wire::send(socket, &Report::LayerDone, None)?;
             }
-            Some((Order::Make { uuid, time, mke2fs }, _)) => return make(socket, tree, &uuid, time, &mke2fs),
+            Some((Order::Make { uuid, time, mke2fs }, _)) => {
+                return make(socket, (tree, &budget), &uuid, time, &mke2fs);
+            }
             Some(_) => return Err(unexpected()),
         }
     }
@@ -119,10 +121,11 @@ fn make_root() -> Result<OwnedFd> {
     made.map_err(|errno| Error::io("making the tree", errno.into()))
 }
 
-fn make(socket: BorrowedFd<'_>, tree: Tree, uuid: &str, time: i64, mke2fs: &str) -> Result<()> {
+fn make(socket: BorrowedFd<'_>, (tree, budget): (Tree, &Budget), uuid: &str, time: i64, mke2fs: &str) -> Result<()> {
     let notes = tree.finish(time)?;
     let (blocks, inodes) = measure()?;
     let bytes = file_system_bytes(blocks, inodes);
+    budget.file_system(bytes)?;
     wire::send(socket, &Report::Making { bytes, devices: notes.devices, xattrs: notes.xattrs }, None)?;
     let inodes = inodes + 64;
     let arguments = [
