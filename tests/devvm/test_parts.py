@@ -5,6 +5,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -138,6 +139,11 @@ def test_a_kernel_that_says_nothing_is_no_kvm(tmp_path: Path, monkeypatch: pytes
     found = accel.probe(tmp_path / "vmlinux", seconds=5)
     assert found.name == "tcg"
     assert "/dev/kvm is here, but" in found.why
+
+
+def test_a_host_is_judged_as_the_firecracker_lane_judges_it() -> None:
+    told = re.search(r"^PROBE_SECONDS = ([\d.]+)$", (recipe.LIB / "firecracker_lane.py").read_text(), re.M)
+    assert told and float(told[1]) == accel.PROBE_SECONDS
 
 
 def test_the_answer_of_the_probe_is_kept_for_this_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
