@@ -111,8 +111,9 @@ def print_log(printer: Printer, client: Client, where: str, job: dict[str, Any])
 
     try:
         client.download(f"{where}/jobs/{job_id(job)}/log.txt", rest, "text/plain")
-    except ApiError as error:
-        print(f"(no more of the log: {error})")
+    except (ApiError, TimeIsUp) as error:
+        # How the build ended is known by now, and its other logs and artifacts may be had.
+        print(f"(no more of the log: {str(error) or 'no time left'})")
     print(f"===== end of {job_name(job)} =====\n")
 
 

@@ -413,6 +413,22 @@ def test_429_beyond_the_time_we_have_is_told_at_once(api, run):
     assert "429" in done.stderr and "3000" in done.stderr
 
 
+def test_a_log_that_is_not_to_be_had_in_time_changes_nothing_of_the_result(api, run, tmp_path):
+    first, second = (script(number, "failed", exit_status=1, step_key=f"step-{number}") for number in (1, 2))
+    api.look("failed", first, second)
+    api.logs = {second["id"]: b"what the second said\n"}
+    api.instead = [(r"/log\.txt", said(429, {"message": "slow down"}, **{"Retry-After": "700"}))]
+    data = b"<testsuites/>"
+    api.artifacts = [artifact(1, second, "junit.xml", len(data), sha1(data))]
+    api.files[api.artifacts[0]["id"]] = data
+    done = run()
+    assert done.returncode == 1, done
+    assert "(no more of the log: HTTP 429, to be asked again in 700 s)" in done.stdout
+    assert "what the second said" in done.stdout
+    assert [path.read_bytes() for path in tmp_path.rglob("junit.xml")] == [data]
+    assert "build 7 failed" in done.stdout and "no end within" not in done.stderr
+
+
 def test_retry_after_as_a_date(api, run):
     api.look("passed")
     api.first = [said(503, {}, **{"Retry-After": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))})]
