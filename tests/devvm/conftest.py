@@ -34,13 +34,30 @@ def lacking() -> str:
     return ""
 
 
+#: What scripts/test takes for SKIPPED: as automake's and Meson's tests have it.
+SKIPPED = 77
+WITHOUT_VMS = pytest.StashKey[str]()
+
+
 @pytest.fixture(scope="session")
-def vm_dir() -> Path:
+def vm_dir(pytestconfig: pytest.Config) -> Path:
     why = lacking()
     if why:
+        pytestconfig.stash[WITHOUT_VMS] = why
         pytest.skip(why)
     # The golden image may stay from an earlier run; VMs may not.
     return VM_DIR
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run in which no VM was tried is no pass of these tests, whatever else of them passed."""
+    if exitstatus == 0 and WITHOUT_VMS in session.config.stash:
+        session.exitstatus = SKIPPED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if why := config.stash.get(WITHOUT_VMS, ""):
+        terminalreporter.write_line(f"dev VM and inner VMs: SKIPPED: {why}")
 
 
 @pytest.fixture(scope="session")

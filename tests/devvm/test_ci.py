@@ -19,13 +19,14 @@ from conftest import MEMORY_MIB, Run
 from vmlab import host
 
 REPO = host.REPO
+HERE = Path(__file__).parent
 
 
 def shell(*words: object, seconds: float = 900, **env: object) -> subprocess.CompletedProcess[str]:
     command = [str(word) for word in words]
     full = {**os.environ, **{name: str(value) for name, value in env.items()}}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=seconds, env=full, stdin=subprocess.DEVNULL, check=False
+        command, capture_output=True, text=True, timeout=seconds, env=full, stdin=subprocess.DEVNULL, check=False, cwd=HERE
     )
 
 
@@ -202,3 +203,16 @@ def test_the_pipeline_names_what_there_is() -> None:
     assert "--artifacts artifacts" in integration
     assert "artifacts/**/*" in text
     assert re.search(r"run: \.ci/run$", (REPO / ".github/workflows/ci.yml").read_text(), re.M)
+
+
+def test_a_run_without_vms_is_no_pass() -> None:
+    """pytest as scripts/test runs it, where no program is found that VMs need."""
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    without = shell(
+        *words, "test_ci.py::test_inner_vms_alone_are_ours", "test_parts.py::test_memory_is_in_mib", PATH="/nowhere"
+    )
+    assert without.returncode == 77, without.stdout
+    assert "1 passed, 1 skipped" in without.stdout
+    assert re.search(r"^dev VM and inner VMs: SKIPPED: .", without.stdout, re.M), without.stdout
+    asked_for_none = shell(*words, "test_parts.py::test_memory_is_in_mib", PATH="/nowhere")
+    assert asked_for_none.returncode == 0, asked_for_none.stdout
