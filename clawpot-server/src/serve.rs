@@ -63,7 +63,7 @@ pub async fn serve(config: Config) -> Result<()> {
 
 async fn answer(entrance: Entrance, doors: Doors, app: &app::App) -> Result<()> {
     let (service, about) = (app.service.clone(), app.about.clone());
-    let library = Arc::new(app.library.clone());
+    let library = clawpot_control::Library::new(service.clone(), Arc::new(app.library.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<VmServiceServer<VmApi>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
@@ -77,7 +77,7 @@ async fn answer(entrance: Entrance, doors: Doors, app: &app::App) -> Result<()> 
     let host = HostServiceServer::new(HostApi { service: service.clone(), about });
     let builds = BuildServiceServer::new(BuildApi { builds: app.builds.clone() });
     let volumes = VolumeServiceServer::new(VolumeApi { service: service.clone() });
-    let images = ImageServiceServer::new(ImageApi { service, library });
+    let images = ImageServiceServer::new(ImageApi { library });
     Server::builder()
         .layer(Guard::new(doors))
         .initial_stream_window_size(STREAM_WINDOW)

@@ -249,6 +249,14 @@ def test_archives(here: Server, world: World, workdir: Path, source: str, store:
     _forget(here, "from-layout")
 
 
+def test_who_did_what_to_images_is_told(here: Server) -> None:
+    digest = here.cli("image", "tag", "debian", "mine", "-o", "json").ok().json["digest"]
+    here.cli("image", "rm", "mine").ok()
+    told = [event for event in here.cli("events", "-o", "json").ok().lines if event["image_name"] == "mine"]
+    assert [(event["kind"], event["actor"]) for event in told] == [("image.tag", "uid=0"), ("image.rm", "uid=0")], told
+    assert {event["image_digest"] for event in told} == {digest} and not any(event["vm_id"] for event in told), told
+
+
 # --- last, since what a VM was lately made of stays for a while, also after `gc --all`
 
 
@@ -257,6 +265,8 @@ def test_an_image_from_a_registry_runs_as_it_says(here: Server, hub: Registry) -
     name = f"{hub.address}/demo/app:1"
     pulled = here.cli("image", "pull", name, "-o", "json").ok().json
     assert pulled["name"] == name and pulled["entrypoint"][0] == "/bin/sh" and pulled["user"] == "app"
+    told = [event for event in here.cli("events", "-o", "json").ok().lines if event["image_name"] == name]
+    assert "image.pull" in {event["kind"] for event in told if event["image_digest"] == pulled["digest"]}, told
     assert pulled["source"]["kind"] == "registry" and len(pulled["source"]["layers"]) >= 2
     # Its entrypoint and its command; then the typed one in the place of its command.
     said = here.cli("run", "--rm", name).ok().text

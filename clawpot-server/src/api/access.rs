@@ -179,6 +179,72 @@ mod tests {
         assert!(known.len() > 10);
     }
 
+    /// What is written down of each call that changes something or gets into a guest. No kind: it only looks.
+    const EVENTS: &[(&str, &[&str])] = &[
+        ("BuildService/Build", &["image.build"]),
+        ("BuildService/GetBuildLog", &[]),
+        ("ImageService/CollectImages", &["image.gc"]),
+        ("ImageService/ExportImage", &[]),
+        ("ImageService/ImportImage", &["image.import"]),
+        ("ImageService/PullImage", &["image.pull"]),
+        ("ImageService/RemoveImage", &["image.rm"]),
+        ("ImageService/TagImage", &["image.tag"]),
+        ("VmService/CreateVm", &["vm.create"]),
+        ("VmService/DeleteVm", &["vm.delete", "vm.gone"]),
+        ("VmService/Exec", &["vm.exec", "vm.attach"]),
+        ("VmService/GetConsole", &[]),
+        ("VmService/SetTtl", &["vm.ttl"]),
+        ("VmService/StartVm", &["vm.start"]),
+        ("VmService/StopVm", &["vm.stop"]),
+        ("VolumeService/CheckVolume", &["volume.check"]),
+        ("VolumeService/CopyVolume", &["volume.copy"]),
+        ("VolumeService/CreateVolume", &["volume.create"]),
+        ("VolumeService/DeleteVolume", &["volume.delete", "volume.gone"]),
+        ("VolumeService/ResizeVolume", &["volume.resize"]),
+    ];
+
+    /// All there is of Rust under `dir`.
+    fn source(dir: &std::path::Path, into: &mut String) {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                source(&path, into);
+            } else if path.extension().is_some_and(|end| end == "rs") {
+                into.push_str(&std::fs::read_to_string(&path).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn every_call_that_changes_something_has_its_event() {
+        let operating: Vec<&str> = TABLE
+            .iter()
+            .filter(|(_, need)| *need == Need::Operate)
+            .map(|(path, _)| path.strip_prefix("/clawpot.v1.").unwrap())
+            .collect();
+        let told: Vec<&str> = EVENTS.iter().map(|(path, _)| *path).collect();
+        assert_eq!(told, operating, "left: what is told, right: what changes something");
+        // What only looks says so by its name.
+        for (path, kinds) in EVENTS {
+            let (_, call) = path.split_once('/').unwrap();
+            assert_eq!(kinds.is_empty(), call.starts_with("Get") || call.starts_with("Export"), "{path}: {kinds:?}");
+        }
+        let mut written = String::new();
+        for room in ["../crates/control/src", "../crates/core/src/event.rs"] {
+            let at = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(room);
+            if at.is_dir() {
+                source(&at, &mut written)
+            } else {
+                written.push_str(&std::fs::read_to_string(&at).unwrap())
+            }
+        }
+        let docs = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/cli.md")).unwrap();
+        for kind in EVENTS.iter().flat_map(|(_, kinds)| *kinds) {
+            assert!(written.contains(&format!("\"{kind}\"")), "nothing writes {kind}");
+            assert!(docs.contains(&format!("`{kind}`")), "docs/cli.md does not tell of {kind}");
+        }
+    }
+
     fn local(uid: u32, groups: &[u32]) -> Caller {
         Caller::Local { uid, groups: groups.into() }
     }

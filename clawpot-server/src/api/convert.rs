@@ -180,6 +180,8 @@ pub fn event(event: Event) -> v1::Event {
         About::Volume { volume, volume_name } => {
             v1::Event { volume_id: volume.to_string(), volume_name: volume_name.to_string(), ..told }
         }
+        About::Image { image, image_name } => v1::Event { image_digest: image.to_string(), image_name, ..told },
+        About::Images { images_removed } => v1::Event { images_removed, ..told },
     }
 }
 

@@ -1,18 +1,15 @@
 //! `clawpot.v1.ImageService`.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use clawpot_common::v1;
 use clawpot_common::v1::image_service_server::ImageService;
-use clawpot_control::{Row, Service};
-use clawpot_core::ports::{
-    BoxStream, Collect, Credentials, ImageDetail, ImageInfo, ImageLibrary, ImageProgress, Import, Pull,
-};
+use clawpot_control::{Library, Row, Service};
+use clawpot_core::ports::{BoxStream, Collect, Credentials, ImageDetail, ImageInfo, ImageProgress, Import, Pull};
 use clawpot_types::{Digest, Error, ImageRef, Kind, Result};
 use futures_util::StreamExt as _;
 use tonic::{Code, Request, Response, Status, Streaming};
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::access::actor;
 use super::convert;
@@ -20,8 +17,7 @@ use super::status::status;
 use crate::limits;
 
 pub struct ImageApi {
-    pub service: Service,
-    pub library: Arc<dyn ImageLibrary>,
+    pub library: Library,
 }
 
 impl std::fmt::Debug for ImageApi {
@@ -39,7 +35,7 @@ impl ImageService for ImageApi {
     type ExportImageStream = BoxStream<Result<v1::ImageChunk, Status>>;
 
     async fn list_images(&self, _: Request<v1::ListImagesRequest>) -> Answer<v1::ListImagesResponse> {
-        let (good, bad) = self.library.list().await.map_err(status)?;
+        let (good, bad) = self.library.read().list().await.map_err(status)?;
         for image in bad {
             warn!(image = image.name, error = image.error.chain(), "an image cannot be read");
         }
@@ -48,15 +44,14 @@ impl ImageService for ImageApi {
 
     async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Answer<v1::ImageDetail> {
         let image = at("image", request.into_inner().image.parse()).map_err(status)?;
-        Ok(Response::new(detail(self.library.describe(&image).await.map_err(status)?)))
+        Ok(Response::new(detail(self.library.read().describe(&image).await.map_err(status)?)))
     }
 
     async fn pull_image(&self, request: Request<v1::PullImageRequest>) -> Answer<Self::PullImageStream> {
         let actor = actor(&request);
         let request = request.into_inner();
         let pull = pull(request).map_err(status)?;
-        info!(actor, reference = pull.reference, "pulling an image");
-        Ok(Response::new(progress(self.library.pull(pull))))
+        Ok(Response::new(progress(self.library.pull(pull, &actor))))
     }
 
     async fn import_image(
@@ -74,18 +69,17 @@ impl ImageService for ImageApi {
             replace: start.replace,
             select: text("start.select", start.select).map_err(status)?,
         };
-        info!(actor, name = start.name, "importing an image");
         let archive = parts.map(|part| match part.map(|part| part.part) {
             Ok(Some(Part::Data(bytes))) => Ok(bytes),
             Ok(_) => Err(Error::new(Kind::InvalidArgument, "import: after the first message all must be data")),
             Err(broken) => Err(no_more("import", broken)),
         });
-        Ok(Response::new(progress(self.library.import(import, Box::pin(archive)))))
+        Ok(Response::new(progress(self.library.import(import, Box::pin(archive), &actor))))
     }
 
     async fn export_image(&self, request: Request<v1::ExportImageRequest>) -> Answer<Self::ExportImageStream> {
         let image = at("image", request.into_inner().image.parse()).map_err(status)?;
-        let chunks = self.library.export(&image).await.map_err(status)?;
+        let chunks = self.library.read().export(&image).await.map_err(status)?;
         Ok(Response::new(Box::pin(chunks.map(|chunk| Ok(v1::ImageChunk { data: chunk.map_err(status)? })))))
     }
 
@@ -94,24 +88,22 @@ impl ImageService for ImageApi {
         let request = request.into_inner();
         let image = at("image", request.image.parse()).map_err(status)?;
         let name = at("name", request.name.parse()).map_err(status)?;
-        let digest = self.library.tag(&image, &name, request.replace).await.map_err(status)?;
-        info!(actor, %name, %digest, "an image has a name");
+        let digest = self.library.tag(image, name, request.replace, &actor).await.map_err(status)?;
         Ok(Response::new(v1::TagImageResponse { digest: digest.to_string() }))
     }
 
     async fn remove_image(&self, request: Request<v1::RemoveImageRequest>) -> Answer<v1::RemoveImageResponse> {
         let actor = actor(&request);
         let name = at("name", request.into_inner().name.parse()).map_err(status)?;
-        let digest = self.library.untag(&name).await.map_err(status)?;
-        info!(actor, %name, %digest, "an image's name is gone");
+        let digest = self.library.untag(name, &actor).await.map_err(status)?;
         Ok(Response::new(v1::RemoveImageResponse { digest: digest.to_string() }))
     }
 
     async fn collect_images(&self, request: Request<v1::CollectImagesRequest>) -> Answer<v1::CollectImagesResponse> {
         let actor = actor(&request);
         let v1::CollectImagesRequest { dry_run, all } = request.into_inner();
-        let collected = self.library.gc(Collect { dry_run, all, live: live(&self.service) }).await.map_err(status)?;
-        info!(actor, dry_run, removed = collected.removed.len(), "images were collected");
+        let gc = Collect { dry_run, all, live: live(self.library.service()) };
+        let collected = self.library.gc(gc, &actor).await.map_err(status)?;
         let garbage = |one: clawpot_core::ports::Garbage| v1::ImageGarbage {
             kind: one.kind,
             name: one.name,

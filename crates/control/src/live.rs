@@ -1,15 +1,18 @@
 //! What only this daemon's memory knows of its VMs: the way to the guest, whether it answered, who is attached.
 //! Lost with the daemon, found again by the runner.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clawpot_core::facts::{Clients, GuestFact};
 use clawpot_core::ports::GuestEndpoint;
 use clawpot_core::{MachineId, Timing};
-use clawpot_types::{Timestamp, VmId};
+use clawpot_types::{ExecId, Timestamp, VmId};
 use tokio::sync::Notify;
+
+/// Of one VM's commands, whose users are remembered; with the oldest forgotten, one of them is told of once more.
+const USERS: usize = 256;
 
 #[derive(Debug, Default)]
 pub struct Lives {
@@ -22,6 +25,8 @@ struct Life {
     wake: Arc<Notify>,
     link: Option<Link>,
     attached: u32,
+    /// Who is known, by an event, to have had a command in hand.
+    users: VecDeque<(ExecId, String)>,
     idle_since: Timestamp,
     /// The first exec of the VM ended while its client was attached.
     served: bool,
@@ -53,6 +58,7 @@ impl Lives {
             wake: wake.clone(),
             link: None,
             attached: 0,
+            users: VecDeque::new(),
             idle_since: now,
             served: false,
             hello: Vec::new(),
@@ -126,6 +132,21 @@ impl Lives {
         if let Some(life) = self.lock().get_mut(id) {
             life.attached += 1;
         }
+    }
+
+    /// Whether it is news that `actor` has this command in hand. A client whose connection breaks comes back again and again.
+    #[must_use]
+    pub fn is_new_user(&self, id: &VmId, exec: &ExecId, actor: &str) -> bool {
+        let mut vms = self.lock();
+        let Some(life) = vms.get_mut(id) else { return true };
+        if life.users.iter().any(|(known, who)| known == exec && who == actor) {
+            return false;
+        }
+        if life.users.len() == USERS {
+            life.users.pop_front();
+        }
+        life.users.push_back((exec.clone(), actor.to_owned()));
+        true
     }
 
     /// `served`: the exec had ended and its client heard of it.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clawpot_core::event::{Draft, EXEC};
+use clawpot_core::event::{ATTACH, Draft, EXEC};
 use clawpot_core::ports::{Change, Expect, Guard, Op, Txn, TxnOutcome};
 use clawpot_types::{Error, Kind, Result, Revision, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _};
@@ -15,7 +15,7 @@ use crate::{rows, schema};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Kept {
     pub(crate) changes: u64,
-    /// Of all kinds but [`EXEC`].
+    /// Of all kinds but those of commands.
     pub(crate) events: u64,
     pub(crate) execs: u64,
     pub(crate) events_age: Duration,
@@ -153,8 +153,8 @@ impl<'a> Batch<'a> {
         }
         self.drop_events(
             "DELETE FROM events WHERE seq IN
-                 (SELECT seq FROM events ORDER BY kind = ?2 DESC, seq LIMIT ?1) RETURNING id",
-            (OLDEST_ON_A_FULL_DISK, EXEC),
+                 (SELECT seq FROM events ORDER BY kind IN (?2, ?3) DESC, seq LIMIT ?1) RETURNING id",
+            (OLDEST_ON_A_FULL_DISK, EXEC, ATTACH),
         )?;
         let room = free(self.conn).map_err(look)? >= FREE_PAGES;
         if !room {
@@ -201,10 +201,10 @@ impl<'a> Batch<'a> {
             let step = (keep / 8).max(1);
             if last / step != last.saturating_sub(written) / step {
                 self.drop_events(
-                    "DELETE FROM events WHERE (kind = ?1) = ?2 AND seq <=
-                         (SELECT seq FROM events WHERE (kind = ?1) = ?2 ORDER BY seq DESC LIMIT 1 OFFSET ?3)
+                    "DELETE FROM events WHERE (kind IN (?1, ?2)) = ?3 AND seq <=
+                         (SELECT seq FROM events WHERE (kind IN (?1, ?2)) = ?3 ORDER BY seq DESC LIMIT 1 OFFSET ?4)
                      RETURNING id",
-                    (EXEC, execs, to_sql(keep)?),
+                    (EXEC, ATTACH, execs, to_sql(keep)?),
                 )?;
             }
         }

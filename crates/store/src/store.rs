@@ -35,7 +35,7 @@ const VALUE_MAX: usize = 1 << 20;
 pub struct Options {
     /// Revisions that a watcher can go back. A record has 1 to 2 KiB, so this is about 10 MiB.
     pub changes_kept: u64,
-    /// Of all kinds but [`clawpot_core::event::EXEC`].
+    /// Of all kinds but those of commands ([`clawpot_core::event::is_of_a_command`]).
     pub events_kept: u64,
     /// Of that kind.
     pub execs_kept: u64,

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use clawpot_core::event::{Draft, EXEC, Event};
+use clawpot_core::event::{Draft, Event, is_of_a_command};
 use clawpot_core::ports::{
     BoxStream, Change, Entry, EventLog, Expect, Listing, Op, StateStore, Txn, TxnOutcome, Unreadable,
 };
@@ -19,7 +19,7 @@ use crate::faults::{Faults, Line, Method};
 #[derive(Clone, Copy, Debug)]
 pub struct Kept {
     pub changes: usize,
-    /// Of all kinds but `vm.exec`.
+    /// Of all kinds but those of commands.
     pub events: usize,
     pub execs: usize,
     pub events_age: Duration,
@@ -203,20 +203,20 @@ impl State {
         let event = draft.committed(Revision(self.revision));
         let too_old = Timestamp(event.time.0.saturating_sub(Timestamp(0).after(self.kept.events_age).0));
         self.events_written += 1;
-        self.execs += usize::from(event.kind == EXEC);
+        self.execs += usize::from(is_of_a_command(&event.kind));
         self.events.push_back((self.events_written, event));
         loop {
             let over = if self.events.front().is_some_and(|(_, event)| event.time < too_old) {
                 Some(0)
             } else if self.execs > self.kept.execs {
-                self.events.iter().position(|(_, event)| event.kind == EXEC)
+                self.events.iter().position(|(_, event)| is_of_a_command(&event.kind))
             } else if self.events.len() - self.execs > self.kept.events {
-                self.events.iter().position(|(_, event)| event.kind != EXEC)
+                self.events.iter().position(|(_, event)| !is_of_a_command(&event.kind))
             } else {
                 None
             };
             let Some((number, gone)) = over.and_then(|at| self.events.remove(at)) else { return };
-            self.execs -= usize::from(gone.kind == EXEC);
+            self.execs -= usize::from(is_of_a_command(&gone.kind));
             self.events_floor = self.events_floor.max(gone.id.0);
             self.events_dropped = self.events_dropped.max(number);
         }

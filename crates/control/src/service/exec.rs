@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use clawpot_core::admission::may_have_machine;
-use clawpot_core::event::EXEC;
+use clawpot_core::event::{ATTACH, EXEC};
 use clawpot_core::exec::{ExecInput, ExecOutput, ExecStart};
 use clawpot_core::ports::{BoxStream, Txn};
 use clawpot_core::request::{Answer, Request, answer};
@@ -19,7 +19,7 @@ use crate::live::{Link, Lives};
 
 /// How long an exec waits at most until a running VM's guest is attached, a boot of 120 s before it included; attaching
 /// takes the runner some milliseconds.
-const ATTACH: std::time::Duration = std::time::Duration::from_secs(150);
+const READY: std::time::Duration = std::time::Duration::from_secs(150);
 
 /// Characters of a program's name in an event.
 const SHOWN_PROGRAM: usize = 200;
@@ -40,6 +40,12 @@ impl Service {
             ExecInput::Start(start) => {
                 self.tell_exec(&record, &start, actor).await;
                 ExecInput::Start(with_defaults(start, &record))
+            }
+            ExecInput::Attach(attach) => {
+                if self.lives.is_new_user(&id, &attach.id, actor) {
+                    self.tell_of_command(&record, ATTACH, attach.id.to_string(), actor).await;
+                }
+                ExecInput::Attach(attach)
             }
             other => other,
         };
@@ -72,7 +78,13 @@ impl Service {
     async fn tell_exec(&self, record: &VmRecord, start: &ExecStart, actor: &str) {
         let program = start.argv.first().map(|program| String::from_utf8_lossy(program)).unwrap_or_default();
         let shown: String = program.chars().filter(|c| !c.is_control()).take(SHOWN_PROGRAM).collect();
-        let told = event(&self.deps, record, EXEC, format!("{}: {shown}", start.id), actor);
+        // It is known by this event, so that its client may come back without another.
+        let _known = self.lives.is_new_user(&record.id, &start.id, actor);
+        self.tell_of_command(record, EXEC, format!("{}: {shown}", start.id), actor).await;
+    }
+
+    async fn tell_of_command(&self, record: &VmRecord, kind: &'static str, message: String, actor: &str) {
+        let told = event(&self.deps, record, kind, message, actor);
         if let Err(error) = self.records.store().txn(Txn { events: vec![told], ..Txn::default() }).await {
             warn!(vm = %record.id, error = error.chain(), "writing the event of a command");
         }
@@ -121,7 +133,7 @@ impl Service {
                         return Ok((record, link));
                     }
                     // Running before this daemon was: its runner attaches in a moment, or cannot.
-                    if self.deps.clock.now().since(asked) > ATTACH {
+                    if self.deps.clock.now().since(asked) > READY {
                         let what = format!("VM {}: it runs, but its guest cannot be attached", record.name);
                         return Err(Error::new(Kind::Unavailable, what).hint(format!(
                             "look at `clawpot logs {0}` and the server's log; `clawpot stop {0}` ends it",

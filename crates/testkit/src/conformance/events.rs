@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clawpot_core::event::{About, Draft, EXEC, Event};
+use clawpot_core::event::{ATTACH, About, Draft, EXEC, Event, is_of_a_command};
 use clawpot_core::ports::{Durability, Guard, Op, Txn, TxnOutcome};
 use clawpot_types::{Error, Incarnation, Kind, Result, Revision, VmId};
 
@@ -159,14 +159,15 @@ pub async fn old_events_go_by_count(make: Make) {
 pub async fn commands_push_out_only_commands(make: Make) {
     let subject = make();
     let mut history = told(&subject, vec![draft(1, 1, "vm.create")]).await;
-    history.extend(told(&subject, vec![draft(2, 2, "vm.create"), draft(2, 2, EXEC)]).await);
-    history.retain(|event| event.kind != EXEC);
+    history.extend(told(&subject, vec![draft(2, 2, "vm.create"), draft(2, 2, EXEC), draft(2, 2, ATTACH)]).await);
+    history.retain(|event| !is_of_a_command(&event.kind));
     let many = u64::try_from(subject.events_kept * 5).unwrap();
     for second in 3..many {
-        told(&subject, vec![draft(second, 1, EXEC)]).await;
+        told(&subject, vec![draft(second, 1, if second % 2 == 0 { EXEC } else { ATTACH })]).await;
     }
     history.extend(told(&subject, vec![draft(many, 1, "vm.delete")]).await);
-    let (execs, others): (Vec<_>, Vec<_>) = all(&subject).await.into_iter().partition(|event| event.kind == EXEC);
+    let (execs, others): (Vec<_>, Vec<_>) =
+        all(&subject).await.into_iter().partition(|event| is_of_a_command(&event.kind));
     assert_eq!(others, history);
     assert!(execs.len() >= subject.execs_kept && execs.len() <= subject.execs_kept * 3 / 2, "{} are kept", execs.len());
     assert_eq!(execs.last().unwrap().id, Revision(many - 1), "the newest stay");
@@ -181,7 +182,8 @@ pub async fn commands_push_out_only_commands(make: Make) {
     for second in many..many + u64::try_from(subject.events_kept * 2).unwrap() {
         told(&subject, vec![draft(second, 1, "vm.phase")]).await;
     }
-    let (left, others): (Vec<_>, Vec<_>) = all(&subject).await.into_iter().partition(|event| event.kind == EXEC);
+    let (left, others): (Vec<_>, Vec<_>) =
+        all(&subject).await.into_iter().partition(|event| is_of_a_command(&event.kind));
     assert!(others.len() >= subject.events_kept && others.len() <= subject.events_kept * 3 / 2, "{}", others.len());
     assert!(left.len() >= subject.execs_kept, "{} are left", left.len());
 }
