@@ -1,6 +1,7 @@
 """Images from registries and archives: what comes of them in a VM, and every way in which they may not come."""
 
 import contextlib
+import hashlib
 import os
 import signal
 import subprocess
@@ -144,8 +145,9 @@ def test_a_pull_goes_on_where_it_broke_off(here: Server, wire: Wire, hub: Regist
     here.cli("image", "pull", name).ok()
     assert "206" in hub.log(), "nothing was asked for in part"
     _forget(here, name)
-    # The registry goes, for longer than a pull waits; what came is kept.
-    wire.allow(2 << 20)
+    # The registry goes, for longer than a pull waits; what came is kept. In pieces so small that the pull, which pauses between
+    # them, is not over before that.
+    wire.allow(256 << 10)
     words = [here.cli.binary, "image", "pull", name]
     pulling = subprocess.Popen(words, env=here.cli.environment(), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until(lambda: _partial(store) > 0, what="the first bytes")
@@ -172,6 +174,25 @@ def test_what_an_earlier_download_left_is_not_believed(here: Server, hub: Regist
     _forget(here, name)
 
 
+def test_a_layer_that_rotted_on_the_disk_is_fetched_again(
+    here: Server, hub: Registry, workdir: Path, source: str, store: Path
+) -> None:
+    first, second = f"{hub.address}/demo/app:1", f"{hub.address}/demo/again:1"
+    layers = here.cli("image", "pull", first, "-o", "json").ok().json["source"]["layers"]
+    blob = store / "oci/sha256" / layers[1]["digest"].removeprefix("sha256:")
+    bad = bytearray(blob.read_bytes())
+    bad[len(bad) // 2] ^= 1
+    blob.unlink()
+    blob.write_bytes(bad)
+    # Another image of the same layers, which are believed to be there.
+    layout = Path(source.removeprefix("oci:").removesuffix(":1"))
+    hub.push(registry.several(layout, workdir / "again", ["amd64"]), "demo/again:1", "--all")
+    here.cli("image", "pull", second).ok()
+    assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name
+    _forget(here, first, second)
+    assert not _left(store)
+
+
 def _partial(store: Path) -> int:
     found = 0
     for path in store.glob("oci/partial/*"):
@@ -183,7 +204,8 @@ def _partial(store: Path) -> int:
 
 def test_an_interrupt_leaves_only_what_helps_the_next_pull(here: Server, wire: Wire, store: Path) -> None:
     name = f"{wire.address}/demo/app:1"
-    wire.allow(1 << 20)
+    # In pieces so small that it is not over before the interrupt.
+    wire.allow(256 << 10)
     words = [here.cli.binary, "image", "pull", name]
     pulling = subprocess.Popen(words, env=here.cli.environment(), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until(lambda: _partial(store) > 0, what="the first bytes")

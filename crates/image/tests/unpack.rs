@@ -370,6 +370,21 @@ async fn plain_and_zstd_layers_are_read_as_well() {
 }
 
 #[tokio::test]
+async fn a_layer_that_rotted_on_the_disk_is_not_used_again() {
+    let host = Host::new();
+    let library = host.library();
+    let layer = |name: &str| Tar::default().file(name, b"here").end();
+    import(&library, Layout::new([layer("one")]).tar(), "first").await.unwrap();
+    let kept = host.images().join("oci/sha256").join(digest(&gzip(&layer("one"))).hex());
+    let mut bytes = std::fs::read(&kept).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    clawpot_host::fs::replace(&kept, &bytes, 0o444).unwrap();
+    let image = import(&library, Layout::new([layer("one"), layer("two")]).tar(), "second").await.unwrap();
+    assert_eq!(debugfs(&host, &image, "cat /one").await + &debugfs(&host, &image, "cat /two").await, "herehere");
+}
+
+#[tokio::test]
 async fn of_two_files_of_one_name_each_is_its_own_digests() {
     let host = Host::new();
     let library = host.library();

@@ -128,6 +128,26 @@ impl Library {
     }
 }
 
+impl Library {
+    /// Removes those of `blobs` that are in the store and are not what their digest says, for they are believed by their size. Gives
+    /// their number. Reads all of them.
+    pub(super) fn remove_rotten(&self, blobs: &[Blob]) -> Result<usize> {
+        let mut rotten = 0;
+        for blob in blobs {
+            let Some(file) = self.fetched(blob)? else { continue };
+            // What cannot be read is of no use either.
+            if crate::verify::hash(&file).is_ok_and(|found| found == blob.digest) {
+                continue;
+            }
+            let path = self.store.oci_path(&blob.digest);
+            tracing::warn!(path = %path.display(), "a layer is no longer what it was, and is fetched again: is the disk sound?");
+            fs::remove_file_if_exists(&path)?;
+            rotten += 1;
+        }
+        Ok(rotten)
+    }
+}
+
 /// As many bytes as there are to be, in as many stretches as that takes.
 async fn whole(
     client: &Client,

@@ -239,6 +239,8 @@ fn gone(layer: &Blob) -> Error {
 }
 
 fn keep(library: &Library, spool: &Spool, blob: &Blob) -> Result<()> {
+    // The archive's is good; what was there before may have rotted.
+    library.remove_rotten(std::slice::from_ref(blob))?;
     if library.fetched(blob)?.is_some() {
         return Ok(());
     }
@@ -266,13 +268,22 @@ fn own(library: &Library, spool: &Spool, digest: &Digest, called: &Called) -> Re
             "import: the file system is of another kind than its manifest says",
         ));
     }
+    let blobs: Vec<&Blob> = [Some(&manifest.rootfs.blob), manifest.kernel.as_ref()].into_iter().flatten().collect();
+    let open = |blob: &Blob| {
+        let path = &spool.blob(blob)?.path;
+        let file = File::options().read(true).write(true).open(path);
+        file.map_err(|error| Error::io(format!("opening {}", path.display()), error)).map(|file| (path, file))
+    };
+    for blob in &blobs {
+        let (path, file) = open(blob)?;
+        // Gigabytes perhaps, for which nobody else should wait: before the store is locked.
+        file.sync_all().map_err(|error| Error::io(format!("syncing {}", path.display()), error))?;
+    }
     let held = library.store.lock()?;
     library.store.may_name(crate::write::plain_name(&called.name)?, digest, called.replace)?;
-    for blob in [Some(&manifest.rootfs.blob), manifest.kernel.as_ref()].into_iter().flatten() {
-        let spooled = spool.blob(blob)?;
-        let file = File::options().read(true).write(true).open(&spooled.path);
-        let file = file.map_err(|error| Error::io(format!("opening {}", spooled.path.display()), error))?;
-        place(&file, &spooled.path, &library.store.blob_path(&blob.digest))?;
+    for blob in blobs {
+        let (path, file) = open(blob)?;
+        place(&file, path, &library.store.blob_path(&blob.digest))?;
     }
     clawpot_host::fs::replace(&library.store.blob_path(digest), &bytes, 0o444)?;
     library.store.set_name(&called.name, digest, called.replace, &held)?;

@@ -20,6 +20,7 @@ use super::fetch::Landing;
 use super::finish::Called;
 use super::progress::Teller;
 use super::room::LEAST;
+use crate::manifest::Blob;
 use crate::oci::{self, DOCUMENT_LIMIT, Document, Image};
 use crate::refs::Hold;
 use crate::store::digest_of;
@@ -49,8 +50,7 @@ pub async fn pull(library: Library, pull: Pull, teller: Teller) -> Result<ImageD
         meter.at("present", 0);
         return Ok(known);
     }
-    let config = document.config.as_ref().map(oci::Descriptor::blob);
-    let blobs: Vec<_> = document.layers.iter().flatten().map(oci::Descriptor::blob).chain(config).collect();
+    let blobs = blobs(&document);
     let hold = library
         .blocking(move |this| {
             let mut hold = Hold::new(&this.store)?;
@@ -61,6 +61,12 @@ pub async fn pull(library: Library, pull: Pull, teller: Teller) -> Result<ImageD
     library.settle(hold, made).await
 }
 
+/// Layers and configuration.
+fn blobs(document: &Document) -> Vec<Blob> {
+    let config = document.config.as_ref().map(oci::Descriptor::blob);
+    document.layers.iter().flatten().map(oci::Descriptor::blob).chain(config).collect()
+}
+
 async fn layers(
     library: &Library,
     registry: &Registry,
@@ -69,8 +75,20 @@ async fn layers(
     teller: &Teller,
 ) -> Result<ImageDetail> {
     let landing = Landing::default();
-    let made = assembled(library, registry, reference, (digest, document, called), (teller, &landing)).await;
+    let blobs = blobs(&document);
+    let what = (digest, document, called);
+    let made = assembled(library, registry, reference, what.clone(), (teller, &landing)).await;
     // Also when it failed: what nobody needs is removed after this, and must be all that there will be.
+    landing.landed().await;
+    let error = match made {
+        // What it says of the layers may be the disk's fault.
+        Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::InvalidArgument) => error,
+        made => return made,
+    };
+    if library.blocking(move |this| this.remove_rotten(&blobs)).await? == 0 {
+        return Err(error);
+    }
+    let made = assembled(library, registry, reference, what, (teller, &landing)).await;
     landing.landed().await;
     made
 }
@@ -226,6 +244,10 @@ async fn image(
             let mut bytes = Vec::new();
             std::io::Read::read_to_end(&mut &file, &mut bytes)
                 .map_err(|error| Error::io("reading the image's configuration", error))?;
+            // What was there is believed by its size, and nothing that is unpacked tells otherwise of this.
+            if digest_of(&bytes) != blob.digest {
+                return Err(Error::new(Kind::Corrupt, format!("{what}: its configuration is not {}", blob.digest)));
+            }
             oci::image(&what, digest, blob, layers, &bytes)
         })
         .await
