@@ -1,6 +1,7 @@
 """The Firecracker lane: where it runs, what it needs, what came of it. Called by scripts/test-firecracker."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,8 @@ MEMORY = 3584
 NESTED_SLOWNESS = 4
 #: Seconds that pytest gives a test (tests/integration/pyproject.toml), times the above.
 TEST_SECONDS = 180
+#: For what is told to end: pytest ends the VMs of a test, and devvm the VM that it was making.
+ENDING_SECONDS = 120
 MARK = "`make test-firecracker`"
 #: The last dies where a test says (crates/failpoint).
 PROGRAMS = ("clawpot", "clawpot-server", "clawpot-edge", "clawpot-unpack", "failpoints/clawpot-server")
@@ -197,24 +201,40 @@ def run_direct(programs: Programs, more: Sequence[str]) -> tuple[int, Path]:
     python = TARGET / "integration-venv" / "bin" / "python"
     given = environment(os.environ["CLAWPOT_BIN_DIR"], ASSETS, programs, slowness(1))
     words = pytest_words(python, False, slowness(1), report, more)
-    done = subprocess.run(words, cwd=REPO / "tests" / "integration", env={**os.environ, **given}, check=False)
-    return done.returncode, report
+    # What a test has begun pytest ends on Ctrl-C alone.
+    status = call(words, signal.SIGINT, cwd=REPO / "tests" / "integration", env={**os.environ, **given})
+    return status, report
 
 
-def devvm(*words: str, **how: object) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([REPO / "utils" / "devvm", *words], stdin=subprocess.DEVNULL, check=False, **how)  # type: ignore[call-overload]
+def call(words: Sequence[object], end: signal.Signals, **how: object) -> int:
+    """A command's status. When we are told to end, it is told by that signal, and has the time to end in order."""
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, **how) as child:  # type: ignore[call-overload]
+        try:
+            return child.wait()
+        except BaseException as why:
+            # Of Ctrl-C the terminal has told it.
+            if not isinstance(why, KeyboardInterrupt):
+                child.send_signal(end)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(ENDING_SECONDS)
+            child.kill()
+            raise
+
+
+def devvm(*words: str, **how: object) -> int:
+    return call([REPO / "utils" / "devvm", *words], signal.SIGTERM, **how)
 
 
 def ensure_vm() -> bool:
     """Whether it was launched for this run."""
-    state = devvm("status", "--json", capture_output=True).returncode
+    state = devvm("status", "--json", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if state == 0:
         return False
     if state == 3:
-        if devvm("start").returncode != 0:
+        if devvm("start") != 0:
             raise LaneError("the dev VM does not start")
         return False
-    if devvm("launch", "--profile", "small", "--memory", str(MEMORY)).returncode != 0:
+    if devvm("launch", "--profile", "small", "--memory", str(MEMORY)) != 0:
         raise LaneError("no dev VM could be launched")
     return True
 
@@ -262,22 +282,26 @@ def run_nested(programs: Programs, marked: bool, keep: bool, more: Sequence[str]
     launched = ensure_vm()
     try:
         lane, venv = STAGE.relative_to(REPO), Path("target/integration-venv")
-        if devvm("sync", "--with", str(lane), str(venv)).returncode != 0:
+        if devvm("sync", "--with", str(lane), str(venv)) != 0:
             raise LaneError("the tree could not be copied into the dev VM")
+        report = f"{INSIDE}/{lane}/report.xml"
+        # A VM that was kept has the last run's.
+        if devvm("run", f"rm -f {report}") != 0:
+            raise LaneError("the dev VM does not run commands; utils/devvm logs")
         given = environment(f"{INSIDE}/{lane}/bin", f"{INSIDE}/{lane}/images", inside, slowness(NESTED_SLOWNESS))
         # The golden image brings them, and the builder's image is copied in: what is missing is a failure.
         given["CLAWPOT_TEST_REQUIRE_TOOLS"] = "1"
-        words = pytest_words(
-            f"{INSIDE}/{venv}/bin/python", marked, slowness(NESTED_SLOWNESS), f"{INSIDE}/{lane}/report.xml", more
-        )
+        words = pytest_words(f"{INSIDE}/{venv}/bin/python", marked, slowness(NESTED_SLOWNESS), report, more)
         command = (
             f"cd {INSIDE}/tests/integration && env {quoted(f'{name}={value}' for name, value in given.items())} {quoted(words)}"
         )
-        status = devvm("run", command).returncode
-        fetch(f"cat {INSIDE}/{lane}/report.xml", STAGE / "report.xml")
+        status = devvm("run", command)
+        fetched = fetch(f"cat {report}", STAGE / "report.xml")
         if status != 0:
             # Logs and consoles of what failed.
             fetch(f"tar -C {INSIDE}/tests/integration -cz report", STAGE / "report.tar.gz")
+        if not fetched:
+            raise LaneError(f"no report came out of the dev VM; the tests in it ended with status {status}")
         return status, STAGE / "report.xml"
     finally:
         if launched and not keep:
@@ -288,9 +312,9 @@ def quoted(words: Sequence[str] | object) -> str:
     return shlex.join(words)  # type: ignore[arg-type]
 
 
-def fetch(command: str, to: Path) -> None:
+def fetch(command: str, to: Path) -> bool:
     with to.open("wb") as file:
-        devvm("run", command, stdout=file)
+        return devvm("run", command, stdout=file) == 0
 
 
 def may_record(words: argparse.Namespace) -> None:
@@ -312,6 +336,9 @@ def record(result: Result) -> None:
     if not result.whole:
         ran = result.passed + result.failed + result.skipped
         raise LaneError(f"not recorded: {ran} of {result.collected} tests have run; pytest ended with status {result.status}")
+    # pytest's: all passed, some failed. Others are of a run that broke (255: the way into the VM).
+    if result.status not in (0, 1):
+        raise LaneError(f"not recorded: pytest ended with status {result.status}")
     SPECIFICATION.write_text(with_row(SPECIFICATION.read_text(), result))
 
 
@@ -396,6 +423,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = parser().parse_args(argv)
+    # A time limit from outside: the dev VM that was launched for this is destroyed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         if words.verb == "check":
             print("\n".join(f"firecracker lane: {line}" for line in check(SPECIFICATION.read_text())))

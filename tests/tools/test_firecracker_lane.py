@@ -1,8 +1,12 @@
 """The Firecracker lane's own logic: it never passes without having run, and knows when its record is out of date."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,9 +129,104 @@ def test_a_part_of_the_suite_is_not_recorded_as_the_whole(tmp_path: Path, monkey
     for changes in ({"status": 2, "collected": 50}, {"status": 1, "failed": 1, "collected": 50}, {"collected": 0}):
         with pytest.raises(lane.LaneError, match=r"not recorded: 4\d of "):
             lane.record(result(**changes))
+    # All have a result, and yet it ended as no run of pytest's does: another run's report.
+    with pytest.raises(lane.LaneError, match="not recorded: pytest ended with status 255"):
+        lane.record(result(status=255))
     assert specification.read_text() == SPECIFICATION
     lane.record(result(status=1, failed=1))
     assert "1 failed" in specification.read_text()
+
+
+def test_what_is_missing_is_said_before_anything_is_built(tmp_path: Path) -> None:
+    """On a machine with few programs, and no apt to bring others."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "dirname", "sort"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    for name in ("firecracker", "jailer"):
+        executable(programs / name, "exit 0")
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("FIRECRACKER_BIN", "JAILER_BIN", "CLAWPOT_BIN_DIR")
+    }
+    env = {**kept, "PATH": str(programs), "CLAWPOT_IMAGE_DIR": str(tmp_path)}
+    for words, lacking in {(): True, ("--direct",): False}.items():
+        done = subprocess.run([REPO / "scripts/test-firecracker", *words], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and done.stderr.startswith("error: missing: "), done
+        assert " gcc " in done.stderr and (" rsync " in done.stderr) == lacking, done
+
+
+def executable(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["#!/bin/bash", *lines, ""]))
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A tree with the lane's program, what it stages, and a stand-in for devvm that runs commands right here."""
+    made = tmp_path / "tree"
+    (made / "scripts/lib").mkdir(parents=True)
+    shutil.copy(REPO / "scripts/lib/firecracker_lane.py", made / "scripts/lib")
+    (made / "SPECIFICATION.md").write_text(SPECIFICATION)
+    for name in (*lane.PROGRAMS, "firecracker", "jailer"):
+        executable(made / "bin" / name, "echo Firecracker v1.2.3")
+    for name in ("boot.json", "manifests/debian.json"):
+        (made / "assets" / name).parent.mkdir(exist_ok=True)
+        (made / "assets" / name).write_text("{}")
+    executable(
+        made / "utils/devvm",
+        f'echo "$1 ${{2%% *}}" >>{tmp_path}/log',
+        # As in bash -c of the VM: /work/clawpot is the directory "inside".
+        f'case $1 in run) exec bash -c "${{2//\\/work\\/clawpot/{tmp_path}/inside}}" ;; status) exit ${{STATE:-0}} ;; esac',
+    )
+    (tmp_path / "inside/target/firecracker-lane").mkdir(parents=True)
+    (tmp_path / "inside/tests/integration").mkdir(parents=True)
+    return made
+
+
+def begin(tree: Path, *words: str, **more: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "CLAWPOT_BIN_DIR": str(tree / "bin"), "CLAWPOT_IMAGE_DIR": str(tree / "assets"), **more}
+    env |= {"FIRECRACKER_BIN": str(tree / "bin/firecracker"), "GIT_CEILING_DIRECTORIES": str(tree.parent)}
+    command = [sys.executable, tree / "scripts/lib/firecracker_lane.py", "run", "--nested", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=env, text=True, **pipes)  # type: ignore[call-overload]
+
+
+def test_a_broken_run_is_not_given_the_report_of_the_last_one(tree: Path, tmp_path: Path) -> None:
+    report = tmp_path / "inside/target/firecracker-lane/report.xml"
+    report.write_text('<testsuites><testsuite tests="41" failures="0" errors="0" skipped="0"/></testsuites>')
+    executable(tmp_path / "inside/target/integration-venv/bin/python", "exit 255")
+    run = begin(tree, "--record")
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 1 and "no report came out of the dev VM; the tests in it ended with status 255" in err, (out, err)
+    assert "passed" not in out
+    assert (tree / "SPECIFICATION.md").read_text() == SPECIFICATION
+
+
+@pytest.mark.parametrize("during", ["launch", "run"])
+def test_a_lane_that_is_told_to_end_leaves_no_dev_vm(tree: Path, tmp_path: Path, during: str) -> None:
+    """It waits for what it runs, which ends in order, and destroys what it launched."""
+    devvm = (tree / "utils/devvm").read_text().splitlines()
+    told = f"trap 'kill $!; sleep 0.5; echo told >>{tmp_path}/log; exit 143' TERM"
+    slow = f"if [[ $1 == {during} ]]; then {told}; sleep 60 & wait $!; fi"
+    executable(tree / "utils/devvm", devvm[1], slow, *devvm[2:])
+    run = begin(tree, STATE="4")
+    log = tmp_path / "log"
+    until(lambda: log.exists() and f"\n{during} " in log.read_text(), run)
+    # What is between the line of the log and the trap.
+    time.sleep(0.5)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 143
+    run.communicate()
+    assert log.read_text().splitlines()[-2:] == {"launch": ["launch --profile", "told"], "run": ["told", "destroy "]}[during]
+
+
+def until(reached: Callable[[], bool], run: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.fixture
