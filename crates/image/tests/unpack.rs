@@ -127,6 +127,56 @@ fn headers(count: usize, add: impl Fn(Tar, usize) -> Tar) -> Tar {
     (0..count).fold(Tar::default(), add)
 }
 
+/// In each of the four ways in which an archive can say where a file's data is: made by GNU tar itself.
+#[tokio::test]
+async fn sparse_files_of_every_format_are_unpacked() {
+    use std::os::unix::fs::FileExt as _;
+    const STEP: u64 = 16 << 10;
+    let host = Host::new();
+    // More stretches than fit into a header of any kind, and a hole at both ends.
+    let (dir, size) = (host.dir.path().join("made"), 33 * STEP);
+    std::fs::create_dir(&dir).unwrap();
+    let mut content = vec![0; usize::try_from(size).unwrap()];
+    for at in 1..32 {
+        let start = usize::try_from(at * STEP).unwrap();
+        content[start..start + 4096].fill(b'a' + u8::try_from(at % 26).unwrap());
+    }
+    let formats = [("gnu", "1.0"), ("pax", "0.0"), ("pax", "0.1"), ("pax", "1.0")];
+    let mut layers = Vec::new();
+    for (format, version) in formats {
+        let name = format!("{format}-{version}");
+        let file = std::fs::File::create(dir.join(&name)).unwrap();
+        for (at, page) in (0..).step_by(4096).zip(content.chunks(4096)).filter(|(_, page)| page[0] != 0) {
+            file.write_all_at(page, at).unwrap();
+        }
+        file.set_len(size).unwrap();
+        drop(file);
+        let tar = clawpot_host::process::Tool::new(clawpot_host::process::find_program("tar", None).unwrap());
+        let archive = dir.join("archive");
+        let (format, version) = (format!("--format={format}"), format!("--sparse-version={version}"));
+        let words =
+            [&format, "--sparse", &version, "--hole-detection=raw", "--numeric-owner", "--owner=0", "--group=0"];
+        tar.args(words)
+            .args(["-cf".as_ref(), archive.as_os_str(), "-C".as_ref(), dir.as_os_str()])
+            .args([&name])
+            .run()
+            .await
+            .unwrap();
+        let layer = std::fs::read(&archive).unwrap();
+        assert!(layer.len() < content.len() / 2, "{name}: tar found no holes");
+        layers.push(layer);
+    }
+    let image = import(&host.library(), Layout::new(layers).tar(), "sparse").await.unwrap();
+    for (format, version) in formats {
+        let name = format!("/{format}-{version}");
+        let stat = debugfs(&host, &image, &format!("stat {name}")).await;
+        let blocks = stat.split("Blockcount: ").nth(1).and_then(|rest| rest.lines().next()?.trim().parse::<u64>().ok());
+        // 31 pages, and one for where they are.
+        assert!(stat.contains(&format!("Size: {size}")) && blocks.is_some_and(|blocks| blocks <= 32 * 8), "{stat}");
+        assert!(debugfs(&host, &image, &format!("cat {name}")).await.as_bytes() == content, "{name}");
+    }
+}
+
 /// What no honest tool makes, and what is said of it.
 fn attacks() -> Vec<(&'static str, Vec<u8>, Kind, &'static str)> {
     let file = |path: &str| Tar::default().file(path, b"x").end();
@@ -236,6 +286,30 @@ fn attacks() -> Vec<(&'static str, Vec<u8>, Kind, &'static str)> {
                 .end(),
             Kind::Exhausted,
             "entry \"huge\": a file of 1099511627776 MiB",
+        ),
+        (
+            "a map of holes that goes back",
+            Tar::default()
+                .pax(
+                    EntryType::XHeader,
+                    [("GNU.sparse.size".to_owned(), b"8192".as_slice()), ("GNU.sparse.map".to_owned(), b"4096,1,0,1")],
+                )
+                .file("a", b"xx")
+                .end(),
+            bad,
+            "its map of data and holes makes no sense",
+        ),
+        (
+            "a map of holes that goes on behind the file",
+            Tar::default()
+                .pax(
+                    EntryType::XHeader,
+                    [("GNU.sparse.size".to_owned(), b"8192".as_slice()), ("GNU.sparse.map".to_owned(), b"8191,2")],
+                )
+                .file("a", b"xx")
+                .end(),
+            bad,
+            "its map of data and holes makes no sense",
         ),
         ("a whiteout of ..", file(".wh..."), bad, "hides nothing"),
         (
