@@ -28,9 +28,12 @@ shell_files() {
 }
 
 shell_lints() {
-  local file
+  local file files
   cd "$repo"
-  for file in $(shell_files); do
+  # Of its own, so that what git fails at is not taken for a tree without scripts.
+  files=$(shell_files)
+  [[ -n $files ]] || die "git names no script in $repo" "git -C $repo status"
+  for file in $files; do
     if [[ $file == scripts/lib/*.sh && $file != scripts/lib/rootfs-finish.sh ]]; then
       # A library's variables are set or used by those who source it.
       shellcheck -e SC2034,SC2154 "$file"
