@@ -33,6 +33,10 @@ class Refused(Exception):
     """Asking again will not help."""
 
 
+class TooLong(Refused):
+    """What came is no beginning of an asset."""
+
+
 class Broken(Exception):
     """The network; asking again may help."""
 
@@ -74,6 +78,10 @@ def download(url: str, part: Path) -> None:
         try:
             read_on(url, part, before)
             return
+        except TooLong:
+            # Gigabytes, and with them the next run would be refused as well.
+            part.unlink()
+            raise
         except Broken as error:
             gained = (part.stat().st_size if part.exists() else 0) > before
             failures = 0 if gained else failures + 1
@@ -119,7 +127,7 @@ def copy(response: http.client.HTTPResponse, file, have: int) -> None:
         file.write(piece)
         have += len(piece)
         if have > LIMIT:
-            raise Refused(f"more than {LIMIT >> 30} GiB: refused")
+            raise TooLong(f"more than {LIMIT >> 30} GiB: refused")
         if time.monotonic() - told > 1:
             told = time.monotonic()
             print(f"{have >> 20} MiB" + (f" of {total >> 20}" if total else ""), flush=True)

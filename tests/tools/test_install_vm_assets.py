@@ -133,6 +133,15 @@ def test_a_wrong_digest_is_refused_and_not_kept(server, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_more_than_any_asset_is_refused_and_not_kept(server, tmp_path):
+    with (tmp_path / "file.part").open("wb") as part:
+        part.truncate(2 << 30)
+    server.behave = [lambda _: (206, {"Content-Range": f"bytes {2 << 30}-{(2 << 30) + len(DATA) - 1}/*"}, DATA)]
+    done = fetch(server.url, sha256(DATA), tmp_path / "file")
+    assert done.returncode == 1 and "more than 2 GiB: refused" in done.stderr, done
+    assert not os.listdir(tmp_path)
+
+
 def test_a_damaged_file_is_fetched_again(server, tmp_path):
     (tmp_path / "file").write_bytes(DATA[:-1] + b"?")
     assert fetch(server.url, sha256(DATA), tmp_path / "file").returncode == 0
