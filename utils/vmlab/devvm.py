@@ -53,13 +53,24 @@ def needed(running: bool = True) -> Machine:
 @contextlib.contextmanager
 def id_file() -> Iterator[IO[str]]:
     """`.devvm`, held: two launches in one tree would make two VMs, of which one would be lost."""
-    with ID_FILE.open("a+") as file:
-        host.give_to_caller(ID_FILE)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LabError("another launch or destroy of this work tree's VM is under way", "wait for it") from None
-        yield file
+    while True:
+        with ID_FILE.open("a+") as file:
+            host.give_to_caller(ID_FILE)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise LabError("another launch or destroy of this work tree's VM is under way", "wait for it") from None
+            # A destroy may have removed it between the two: an id in a file that has no name would be lost.
+            if is_named(file):
+                yield file
+                return
+
+
+def is_named(file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), ID_FILE.stat())
+    except FileNotFoundError:
+        return False
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -131,16 +142,15 @@ def stop(arguments: argparse.Namespace) -> int:
 
 def destroy(arguments: argparse.Namespace) -> int:
     state = host.state_root()
-    machine = current()
-    if machine is None and not arguments.golden:
-        ID_FILE.unlink(missing_ok=True)
-        say("this work tree has no VM")
-        return 0
-    if machine:
-        with id_file():
+    with id_file():
+        machine = current()
+        if machine:
             machine.destroy()
-            ID_FILE.unlink(missing_ok=True)
+        ID_FILE.unlink(missing_ok=True)
+    if machine:
         say(f"✓ VM {machine.record.id} is gone")
+    elif not arguments.golden:
+        say("this work tree has no VM")
     if arguments.golden:
         for name in golden.drop_all_unused(state):
             say(f"✓ golden image {name} is gone")
