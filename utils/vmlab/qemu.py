@@ -19,6 +19,8 @@ from .errors import LabError
 MARKER = re.compile(rb"clawpot-vm: ready golden=(\S+) kvm=(\S+) uptime=(\S+) hostkey=(\S+)")
 #: From QEMU's start to the marker, seconds. Emulated, an idle machine takes 30; a loaded one has been seen to take 100.
 BOOT_SECONDS = {"kvm": 120.0, "tcg": 480.0}
+#: Until QEMU has set up its machine and gone into the background.
+START_SECONDS = 60.0
 #: QEMU of a VM that has been told to quit has only files to close.
 QUIT_SECONDS = 10.0
 
@@ -94,17 +96,29 @@ def spawn(spec: Spec) -> "Process":
         # The daemon keeps this as its standard error: no pipe that a caller would wait on.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
-            code = process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise LabError("QEMU did not start within 60 s", f"see {log.name}") from None
+            code = process.wait(START_SECONDS)
+        except BaseException as why:
+            abandon(spec, process)
+            if isinstance(why, subprocess.TimeoutExpired):
+                raise LabError(f"QEMU did not start within {START_SECONDS:g} s", f"see {log.name}") from None
+            raise
     said = host.tail(spec.directory / "qemu.log", 5)
     if code != 0:
         kind = PortTaken if "host forwarding rule" in said else LabError
         raise kind(f"QEMU did not start (status {code}): {said}")
     pid = int((spec.directory / "qemu.pid").read_text())
     return Process.of(pid, spec.name)
+
+
+def abandon(spec: Spec, process: subprocess.Popen[bytes]) -> None:
+    """Ends a QEMU on its way into the background: the daemon would come up after us, and nobody know of it."""
+    # It writes its pid before it lets go of the process that we started.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(QUIT_SECONDS)
+    process.kill()
+    process.wait()
+    if left := from_pid_file(spec.directory, spec.name):
+        left.kill()
 
 
 def start_time(pid: int) -> int | None:
