@@ -1,6 +1,7 @@
 """A work tree of the tests' own, so that a VM of the tree they are run in is left alone."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vmlab import golden, host, machine, recipe
+from vmlab import golden, host, machine, qemu, recipe
 from vmlab.errors import Lacking
 
 #: What devvm and ci/ are made of, and what a build reads.
@@ -17,6 +18,8 @@ PARTS = ("utils", "scripts", "ci", "tests/integration/harness")
 #: Golden images stay here between runs; everything else is gone after one.
 VM_DIR = Path(os.environ.get("CLAWPOT_VM_DIR", host.REPO / "target" / "vms"))
 MEMORY_MIB = 1024
+#: In the tests' own tree: pid and start time of the pytest that made it.
+RUN = ".run"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -46,7 +49,34 @@ def vm_dir(pytestconfig: pytest.Config) -> Path:
         pytestconfig.stash[WITHOUT_VMS] = why
         pytest.skip(why)
     # The golden image may stay from an earlier run; VMs may not.
+    clear_leftovers(VM_DIR)
     return VM_DIR
+
+
+def clear_leftovers(state: Path) -> None:
+    """VMs of runs that ended without their teardown: a time limit ends pytest at once. No one else's is touched."""
+    for each in machine.all_machines(state):
+        if each.record.kind == "dev" and is_dead(Path(each.record.belongs_to)):
+            each.destroy()
+    for stale in state.glob("test-*"):
+        pid = stale.name.removeprefix("test-")
+        if pid.isdigit() and qemu.start_time(int(pid)) is None:
+            for build in stale.glob("golden/.build-*"):
+                if booted := qemu.from_pid_file(build / "boot", golden.guest_name(build)):
+                    booted.kill()
+            shutil.rmtree(stale)
+    sweep = [sys.executable, str(host.REPO / "ci/inner-vm"), "sweep"]
+    subprocess.run(sweep, env={**os.environ, "CLAWPOT_VM_DIR": str(state)}, check=True, timeout=300)
+
+
+def is_dead(tree: Path) -> bool:
+    """Whether it is a tree of these tests whose run is over."""
+    try:
+        pid, started = (tree / RUN).read_text().split()
+    except FileNotFoundError:
+        # pytest removes the trees of runs before the last three.
+        return not tree.exists() and re.search(r"/pytest-of-[^/]+/pytest-\d+/tree\d+$", str(tree)) is not None
+    return qemu.start_time(int(pid)) != int(started)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -66,6 +96,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in PARTS:
         if (host.REPO / part).exists():
             shutil.copytree(host.REPO / part, made / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (made / RUN).write_text("{} {}".format(*machine.me()))
     return made
 
 

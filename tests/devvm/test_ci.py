@@ -67,8 +67,11 @@ def test_an_inner_vm_is_offline_and_gone_with_its_run(inner: Run, tmp_path: Path
         assert inner("run", id, "cat /work/clawpot/greeting").stdout == "from outside\n"
         assert inner("run", id, "exit 5").returncode == 5
         with listener() as port:
+            greeted = "timeout 20 bash -c 'read -r said </dev/tcp/{}/{}; echo $said'"
+            # The same command has an answer where one can be had: of the VM's own sshd.
+            assert "SSH" in inner("run", id, greeted.format("127.0.0.1", 22)).stdout
             # 10.0.2.2 is this machine as the VM sees it; a dev VM reaches it.
-            assert inner("run", id, f"timeout 5 bash -c 'read -r </dev/tcp/10.0.2.2/{port}'").returncode != 0
+            assert inner("run", id, greeted.format("10.0.2.2", port)).stdout.strip() == ""
         assert inner("sweep").stderr == "0 orphaned inner VMs\n"
         assert inner("collect", id, str(tmp_path / "kept")).returncode == 0
         assert "clawpot-vm: ready" in (tmp_path / "kept/console.log").read_text(errors="replace")
@@ -113,7 +116,7 @@ def test_inner_vms_alone_are_ours(inner: Run, vm_dir: Path) -> None:
     record = {"id": id, "kind": "dev", "golden": str(vm_dir), "profile": "small", "cpus": 1, "memory_mib": 512}
     record |= {"belongs_to": "someone", "owner": [1, 1], "created": 1, "version": 1}
     directory = vm_dir / "vms" / id
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     try:
         (directory / "vm.json").write_text(json.dumps(record))
         assert inner("destroy", id).returncode == 1

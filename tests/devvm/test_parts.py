@@ -1,11 +1,13 @@
 """Parts of the VM tools that can be tried without a VM that lives long."""
 
 import argparse
+import fcntl
 import importlib.machinery
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,9 +15,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 import pytest
 
+from conftest import RUN, clear_leftovers
 from vmlab import accel, devvm, golden, host, inner, machine, qemu, recipe, sizes, ssh
 from vmlab.errors import LabError, Lacking
 
@@ -162,6 +166,33 @@ def test_a_launch_under_way_keeps_others_out(tmp_path: Path, monkeypatch: pytest
         pass
 
 
+def test_an_id_is_never_written_to_a_file_that_a_destroy_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ".devvm"
+    monkeypatch.setattr(devvm, "ID_FILE", path)
+    really = fcntl.flock
+
+    def meanwhile(file: IO[str], how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", really)
+        path.unlink()
+        really(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", meanwhile)
+    with devvm.id_file() as file:
+        file.write("0123456789ab\n")
+    assert path.read_text() == "0123456789ab\n"
+
+
+def test_a_destroy_does_not_take_the_file_from_a_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it has an id in it, there is no VM yet to see."""
+    monkeypatch.setattr(devvm, "ID_FILE", tmp_path / ".devvm")
+    monkeypatch.setenv("CLAWPOT_VM_DIR", str(tmp_path))
+    with devvm.id_file():
+        assert devvm.main(["destroy"]) == 1
+        assert (tmp_path / ".devvm").exists()
+    assert devvm.main(["destroy"]) == 0
+    assert not (tmp_path / ".devvm").exists()
+
+
 def test_a_record_that_cannot_be_read_is_not_absent(tmp_path: Path) -> None:
     (tmp_path / "vms/0123456789ab").mkdir(parents=True)
     assert machine.Machine.open(tmp_path, "0123456789ab") is None
@@ -190,6 +221,35 @@ def test_a_vm_that_never_gets_ready_shows_its_console(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("ends", ["told to end", "too slow"])
+def test_a_qemu_that_is_given_up_while_it_starts_does_not_come_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """A stand-in that goes into the background as QEMU does, seconds after it was called; or writes its pid, and hangs."""
+    name = "clawpot-dev-3"
+    slow, waits = ("sleep 3; ", "; sleep 1") if ends == "told to end" else ("", "; wait")
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin/qemu-system-x86_64"
+    daemon = f"{sys.executable} -c 'import time; time.sleep(60)' guest={name}"
+    stand_in.write_text(f"#!/bin/sh\n{slow}{daemon} &\necho $! >{tmp_path}/qemu.pid{waits}\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(qemu, "QUIT_SECONDS", 20 if slow else 0.3)
+    monkeypatch.setattr(qemu, "START_SECONDS", 20 if slow else 3)
+    spec = qemu.Spec(name, tmp_path, tmp_path, tmp_path / "disk", 1, 512, KVM_NONE)
+    before = signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))
+    try:
+        if slow:
+            signal.setitimer(signal.ITIMER_REAL, 2)
+        with pytest.raises(SystemExit if slow else LabError):
+            qemu.spawn(spec)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    pid = int((tmp_path / "qemu.pid").read_text())
+    assert qemu.start_time(pid) is None, "it runs, and nobody knows of it"
 
 
 @pytest.fixture
@@ -239,6 +299,46 @@ def test_no_room_for_what_the_tests_left_keeps_no_inner_vm(
         run_local.in_vm(arguments, tmp_path / "package.tar")
     assert process.wait(5) == -9
     assert not vm.directory.exists()
+
+
+def test_of_runs_that_ended_at_once_the_vms_are_removed_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qemu, "QUIT_SECONDS", 0.3)
+
+    def tree(name: str, run: str | None) -> Path:
+        made = tmp_path / name
+        made.mkdir()
+        if run:
+            (made / RUN).write_text(run)
+        return made
+
+    pid, started = machine.me()
+    trees = {
+        "dead": tree("dead", f"{pid} {started - 1}"),
+        "gone": tmp_path / "pytest-of-root/pytest-3/tree0",
+        "alive": tree("alive", f"{pid} {started}"),
+        "somebody's": tree("somebody's", None),
+        "somebody's, moved": tmp_path / "moved",
+    }
+    vms = {}
+    processes = [sleeper(f"guest=clawpot-dev-{number:012x}") for number in range(len(trees))]
+    try:
+        for number, (name, belongs_to) in enumerate(trees.items()):
+            vms[name] = tmp_path / f"vms/{number:012x}"
+            record = machine.Record(vms[name].name, "dev", str(tmp_path), "small", 1, 512, str(belongs_to))
+            record.pid, record.started = processes[number].pid, qemu.start_time(processes[number].pid) or 0
+            vms[name].mkdir(parents=True)
+            machine.Machine(vms[name], record).save()
+        (tmp_path / f"test-{os.getpid()}").mkdir()
+        (tmp_path / "test-4194305/golden/.build-small-4194305").mkdir(parents=True)
+        clear_leftovers(tmp_path)
+        kept = ["alive", "somebody's", "somebody's, moved"]
+        assert [name for name, path in vms.items() if path.exists()] == kept
+        assert [process.poll() is None for process in processes] == [name in kept for name in trees]
+        assert [path.name for path in tmp_path.glob("test-*")] == [f"test-{os.getpid()}"]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def program(name: str) -> ModuleType:
