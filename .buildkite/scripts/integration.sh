@@ -3,6 +3,14 @@
 # shellcheck source=.buildkite/scripts/step.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/step.sh"
 package=target/ci/package.tar.zst
+# In a subshell: the library has traps of its own.
+(
+  # shellcheck source=scripts/lib/common.sh
+  source scripts/lib/common.sh
+  # shellcheck source=scripts/lib/packages.sh
+  source scripts/lib/packages.sh
+  need_packages "${image_needs[@]}" "${vm_needs[@]}"
+)
 # The golden image takes Firecracker from the assets, and the checkout begins without any.
 ci/cache restore assets
 if [[ -n ${BUILDKITE_BUILD_ID:-} ]]; then
