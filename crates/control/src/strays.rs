@@ -1,7 +1,7 @@
 //! Machines that bear this instance's name and that no record knows, from the server's start until they are gone.
 //!
-//! Whose disks they write to nobody can say: the store that knew is not this one. So no VM gets a volume while there is one, and no
-//! VM a second machine beside a stray one of its own.
+//! Whose disks they write to nobody can say: the store that knew is not this one. So no VM gets a volume while there is one, no VM a
+//! second machine beside a stray one of its own, and none gives up its slot, whose uid a stray one of its own runs under.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -65,7 +65,9 @@ impl Strays {
             None => Some("which machines there are is not known yet".to_owned()),
             Some(found) => {
                 let machine = found.iter().find(|machine| in_the_way(machine))?;
-                Some(format!("machine {machine}, which no record knows, may still write to it"))
+                Some(format!(
+                    "machine {machine}, which no record knows, may still run in its slot, and write to its disks"
+                ))
             }
         }
     }

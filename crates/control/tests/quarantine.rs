@@ -140,8 +140,7 @@ async fn a_machine_of_a_later_incarnation_is_a_stray_too() {
     assert_eq!(house.host.living(), []);
     house.start(&id).await;
     house.delete(&id).await;
-    // Not the contracts: the network is the record's, which has no machine any more, and goes before the stray does.
-    assert_eq!(house.host.left_behind(), Vec::<String>::new());
+    house.check_empty();
 }
 
 /// Likewise, of a VM that was just being started then: nothing would keep its machine from that disk and that slot.
@@ -162,6 +161,51 @@ async fn a_vm_gets_no_machine_beside_a_stray_one_of_its_own() {
     assert_eq!(living(&house), [1]);
     house.delete(&id).await;
     house.check_empty();
+}
+
+/// Its record keeps the slot, whose uid that machine runs under, until it is gone: also over a restart.
+#[tokio::test(start_paused = true)]
+async fn a_vm_is_not_forgotten_beside_a_stray_machine_of_its_own() {
+    let mut house = House::with_slots(1).await;
+    let id = house.running("web").await;
+    let backup = house.record(&id).encode().unwrap();
+    house.stop(&id).await;
+    house.start(&id).await;
+    house.store.scribble(&format!("vms/{id}"), &backup);
+    house.restart().await;
+    for _ in 0..2 {
+        house.service().delete(id.as_str(), false, "uid=0").await.unwrap();
+        tokio::time::sleep(GRACE / 2).await;
+        assert_eq!((house.phase(&id), house.host.living().len()), (Some(Phase::Deleting), 1));
+        let error = refused(house.try_create("next", &wanted("next")).await);
+        assert_eq!(error.kind(), Kind::Exhausted, "{}", error.chain());
+        house.restart().await;
+    }
+    tokio::time::sleep(GRACE).await;
+    assert_eq!((house.phase(&id), house.host.living().len()), (None, 0));
+    let next = house.running("next").await;
+    house.delete(&next).await;
+    house.check_empty();
+}
+
+/// One of which nobody can tell what it is, and that is never ended unasked, keeps it until somebody says `--force`.
+#[tokio::test(start_paused = true)]
+async fn force_ends_stray_machines_of_the_vm_too() {
+    let mut house = House::with_slots(1).await;
+    let id = house.running("web").await;
+    let backup = house.record(&id).encode().unwrap();
+    house.stop(&id).await;
+    house.start(&id).await;
+    house.store.scribble(&format!("vms/{id}"), &backup);
+    house.host.intrude(&id, true);
+    house.restart().await;
+    house.service().delete(id.as_str(), false, "uid=0").await.unwrap();
+    tokio::time::sleep(GRACE * 10).await;
+    assert_eq!((house.phase(&id), house.host.living().len()), (Some(Phase::Deleting), 1), "it is let be");
+    house.host.give_up(&id);
+    house.service().delete(id.as_str(), true, "uid=0").await.unwrap();
+    tokio::time::sleep(GRACE).await;
+    assert_eq!((house.phase(&id), house.host.living().len()), (None, 0));
 }
 
 /// A stray machine that cannot be ended keeps its slot, and what is in it, until it can.

@@ -14,7 +14,7 @@ use clawpot_core::plan::{AfterError, Next, Step, after_error};
 use clawpot_core::{Desired, Fact, Facts, Phase, VmRecord, VmmFact, plan};
 use clawpot_types::{Error, Revision, Timestamp, VmId};
 use tokio::sync::{Notify, watch};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::live::Lives;
 use crate::records::{Records, Row};
@@ -99,6 +99,7 @@ impl Runner {
         let next = plan(record, facts, self.deps.clock.now(), &self.deps.settings.limits);
         debug!(vm = %self.id, phase = %record.phase, ?next, "plan");
         let written = match next {
+            Next::Do(Step::RemoveNet) | Next::Forget if !self.alone(record).await => return Turn::Again,
             Next::Do(step) => return self.take(step, revision, record).await,
             Next::Wait { until } => return Turn::Rest(until),
             Next::Become { phase, limit } => self.become_phase(revision, record, phase, limit).await,
@@ -165,6 +166,21 @@ impl Runner {
         }
         let waited = self.deps.clock.now().since(record.phase_since);
         (waited / 32).clamp(limits.hello_interval, limits.retry)
+    }
+
+    /// When no machine of the VM is left that its record does not know: until then the record keeps its slot, with the network that
+    /// such a one is in and the uid that it has. `false`: there is reason to look again first.
+    async fn alone(&self, record: &VmRecord) -> bool {
+        let mut leaving = self.leaving.clone();
+        let tell = |why: &str| info!(vm = %record.id, name = %record.name, why, "its slot is kept for now");
+        let own = record.machine();
+        tokio::select! {
+            biased;
+            // The sender is gone only when the daemon is: both mean leave.
+            _ = leaving.wait_for(|leaving| *leaving) => false,
+            () = self.wake.notified() => false,
+            () = self.strays.out_of_the_way(&own, false, tell) => true,
+        }
     }
 
     fn odd(&self, record: &VmRecord, doing: &str, error: &Error) -> Turn {

@@ -67,6 +67,7 @@ impl Service {
         let (_, record) = self.change(id.as_str(), request, Some(Desired::Deleted), set, actor).await?;
         if force {
             self.end_strangers(&record).await?;
+            self.end_strays_of(&record).await?;
         }
         Ok(id)
     }
@@ -79,6 +80,21 @@ impl Service {
             tracing::warn!(vm = %record.id, why, "ended by force");
             vmm.stop(&record.machine()).await?;
             self.lives.wake(&record.id);
+        }
+        Ok(())
+    }
+
+    /// Likewise of machines of its other incarnations, beside which its slot is never given up.
+    async fn end_strays_of(&self, record: &VmRecord) -> Result<()> {
+        let found = self.strays.left().unwrap_or_default();
+        for vmm in self.deps.vmms.iter() {
+            for machine in found.iter().filter(|machine| machine.vm == record.id) {
+                if vmm.inspect(machine).await.is_absent() {
+                    continue;
+                }
+                tracing::warn!(%machine, "ended by force");
+                vmm.stop(machine).await?;
+            }
         }
         Ok(())
     }
