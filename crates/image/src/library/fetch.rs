@@ -157,12 +157,15 @@ async fn whole(
     (meter, doing): (&Meter, &'static str),
 ) -> Result<Download> {
     let mut failures = 0;
+    // The most there ever was: where a registry knows no ranges each attempt begins anew, and that it came further than the last one
+    // may be true for ever.
+    let mut furthest = download.bytes;
     while download.bytes < blob.size {
-        let before = download.bytes;
         let error;
         (download, error) = stretch(client, from, blob, download, (meter, doing)).await?;
         let Some(error) = error else { continue };
-        failures = if download.bytes > before { 1 } else { failures + 1 };
+        failures = if download.bytes > furthest { 1 } else { failures + 1 };
+        furthest = furthest.max(download.bytes);
         if error.kind() != Kind::Unavailable || failures > ATTEMPTS {
             let kept = format!(
                 "{} of {} MiB are kept; the same pull goes on from there",
