@@ -193,6 +193,19 @@ def test_a_layer_that_rotted_on_the_disk_is_fetched_again(
     assert not _left(store)
 
 
+def test_an_image_that_cannot_be_read_is_shown(here: Server, store: Path) -> None:
+    torn = store / "manifests/torn.json"
+    torn.write_text("{")
+    try:
+        shown = {image["name"]: image for image in here.cli("image", "ls", "-o", "json").ok().json}
+        assert shown["torn"]["format"] == "unreadable" and "torn.json" in shown["torn"]["problem"]
+        assert shown["debian"]["problem"] is None
+        # This is why it is shown: nobody knows what it needs.
+        here.cli("image", "gc").fails(1, "torn", "cannot be read")
+    finally:
+        torn.unlink()
+
+
 def _partial(store: Path) -> int:
     found = 0
     for path in store.glob("oci/partial/*"):

@@ -16,8 +16,10 @@ pub struct ImageView {
     pub name: String,
     pub digest: String,
     pub size_bytes: u64,
-    /// "ext4" or "erofs".
+    /// "ext4", "erofs", "unreadable".
     pub format: String,
+    /// Why it cannot be read.
+    pub problem: Option<String>,
     pub created_at: Option<String>,
 }
 
@@ -28,6 +30,7 @@ impl From<&Image> for ImageView {
             digest: image.digest.clone(),
             size_bytes: image.size_bytes,
             format: image.format.clone(),
+            problem: known(&image.problem),
             created_at: image.created_at.as_ref().map(time::rfc3339),
         }
     }
@@ -37,10 +40,11 @@ impl From<&Image> for ImageView {
 pub fn list(images: &[Image], now: SystemTime) -> String {
     let rows = images.iter().map(|image| {
         let digits = image.digest.strip_prefix("sha256:").unwrap_or(&image.digest);
+        let if_read = |text: String| if image.problem.is_empty() { text } else { "-".to_owned() };
         [
             image.name.clone(),
-            digits.chars().take(12).collect(),
-            MiB::from_bytes(image.size_bytes).to_string(),
+            if_read(digits.chars().take(12).collect()),
+            if_read(MiB::from_bytes(image.size_bytes).to_string()),
             image.format.clone(),
             time::age_of(image.created_at.as_ref(), now),
         ]

@@ -58,6 +58,7 @@ fn tables() {
     insta::assert_snapshot!("inspect-failed", shown(&fake, &["inspect", "broken"]));
     insta::assert_snapshot!("host", steady(&shown(&fake, &["host"])));
     assert!(shown(&fake, &["image", "ls"]).contains("debian  abababababab  350 MiB  erofs"));
+    assert!(shown(&fake, &["image", "ls"]).contains("torn    -             -        unreadable"));
     assert_eq!(shown(&Fake::start(), &["ls"]), "NAME  ID  PHASE  IMAGE  CPUS  MEMORY  ADDRESS  AGE\n");
 }
 

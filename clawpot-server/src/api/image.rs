@@ -5,11 +5,12 @@ use std::collections::BTreeSet;
 use clawpot_common::v1;
 use clawpot_common::v1::image_service_server::ImageService;
 use clawpot_control::{Library, Row, Service};
-use clawpot_core::ports::{BoxStream, Collect, Credentials, ImageDetail, ImageInfo, ImageProgress, Import, Pull};
+use clawpot_core::ports::{
+    BoxStream, Collect, Credentials, ImageDetail, ImageInfo, ImageProgress, Import, Pull, UnreadableImage,
+};
 use clawpot_types::{Digest, Error, ImageRef, Kind, Result};
 use futures_util::StreamExt as _;
 use tonic::{Code, Request, Response, Status, Streaming};
-use tracing::warn;
 
 use super::access::actor;
 use super::convert;
@@ -36,10 +37,9 @@ impl ImageService for ImageApi {
 
     async fn list_images(&self, _: Request<v1::ListImagesRequest>) -> Answer<v1::ListImagesResponse> {
         let (good, bad) = self.library.read().list().await.map_err(status)?;
-        for image in bad {
-            warn!(image = image.name, error = image.error.chain(), "an image cannot be read");
-        }
-        Ok(Response::new(v1::ListImagesResponse { images: good.into_iter().map(info).collect() }))
+        let mut images: Vec<v1::Image> = good.into_iter().map(info).chain(bad.into_iter().map(unreadable)).collect();
+        images.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Response::new(v1::ListImagesResponse { images }))
     }
 
     async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Answer<v1::ImageDetail> {
@@ -188,6 +188,17 @@ fn info(image: ImageInfo) -> v1::Image {
         size_bytes: image.size_bytes,
         created_at: Some(convert::timestamp(image.created_at)),
         format: image.format,
+        problem: String::new(),
+    }
+}
+
+/// Shown, so that whoever looks for it, or is told that a collection stops at it, finds it.
+fn unreadable(image: UnreadableImage) -> v1::Image {
+    v1::Image {
+        name: image.name,
+        format: "unreadable".to_owned(),
+        problem: image.error.chain(),
+        ..v1::Image::default()
     }
 }
 

@@ -133,8 +133,15 @@ impl ImageService for Service {
             size_bytes: 350 << 20,
             created_at: Some(prost_types::Timestamp { seconds: 0, nanos: 0 }),
             format: "erofs".into(),
+            problem: String::new(),
         };
-        Ok(Response::new(ListImagesResponse { images: vec![image] }))
+        let torn = Image {
+            name: "torn".into(),
+            format: "unreadable".into(),
+            problem: "image manifest torn.json: not JSON".into(),
+            ..Image::default()
+        };
+        Ok(Response::new(ListImagesResponse { images: vec![image, torn] }))
     }
 }
 
@@ -145,6 +152,7 @@ fn app() -> v1::ImageDetail {
         size_bytes: 350 << 20,
         created_at: Some(prost_types::Timestamp { seconds: 0, nanos: 0 }),
         format: "ext4".into(),
+        problem: String::new(),
     };
     let words = |words: &[&str]| words.iter().map(ToString::to_string).collect();
     v1::ImageDetail {
