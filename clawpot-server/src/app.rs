@@ -87,12 +87,12 @@ impl App {
     /// The last thing. VMs keep what they need; where there is none, nothing of this instance stays on the host.
     /// What was queued is on disk when the store is dropped.
     pub async fn close(mut self) -> Result<()> {
-        let left = match self.service.records().count() {
-            0 => self.give_up().await,
-            _ => {
-                self.resolver.iter().for_each(Keeper::leave);
-                Ok(())
-            }
+        // A machine that no record knows runs on as one that has a record does, until its grace time is over.
+        let left = if self.service.records().count() == 0 && !self.service.may_have_strays() {
+            self.give_up().await
+        } else {
+            self.resolver.iter().for_each(Keeper::leave);
+            Ok(())
         };
         drop(self.builds);
         drop(self.service);

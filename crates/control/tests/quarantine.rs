@@ -115,7 +115,9 @@ async fn stray_machines_end_after_the_grace_time() {
     house.restart().await;
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert_eq!(house.host.living().len(), 2, "nothing is ended within the grace time");
+    assert!(house.service().may_have_strays(), "whoever goes now leaves it what it needs");
     tokio::time::sleep(GRACE).await;
+    assert!(!house.service().may_have_strays());
     let living: Vec<VmId> = house.host.living().into_iter().map(|machine| machine.vm).collect();
     assert_eq!(living, std::slice::from_ref(&known));
     house.delete(&known).await;

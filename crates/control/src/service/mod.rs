@@ -115,6 +115,12 @@ impl Service {
         }
     }
 
+    /// Whether there may be machines that no record knows.
+    #[must_use]
+    pub fn may_have_strays(&self) -> bool {
+        self.strays.left().is_none_or(|left| !left.is_empty())
+    }
+
     fn unavailable(&self) -> BTreeSet<Slot> {
         let mut slots = self.records.slots_taken();
         slots.extend(self.shared.blocked.lock().unwrap_or_else(PoisonError::into_inner).iter());
