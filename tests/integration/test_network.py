@@ -8,7 +8,7 @@ import pytest
 
 from harness import world as w
 from harness.server import Server
-from harness.tools import within
+from harness.tools import until, within
 from harness.world import World
 
 #: Tries each "kind address port" for 3 s and prints what came of it: "open", "refused", "silence" …
@@ -69,7 +69,7 @@ def test_a_megabyte_comes_through_whole(server: Server, vm: str) -> None:
 def test_a_guest_reaches_nothing_else(server: Server, world: World, vm: str, sibling: str) -> None:
     one, other = server.cli.inspect(vm)["address"], server.cli.inspect(sibling)["address"]
     gateway, resolver = _gateway(server, vm), _resolver(server, world)
-    server.cli.sh(sibling, "python3 -m http.server 80 >/dev/null 2>&1 </dev/null & sleep 0.1", "--timeout", "120s")
+    _serve(server, world, sibling)
     forbidden = [
         *[f"tcp {address} {port}" for address in (w.HOST_PUBLIC, w.HOST_LAN) for port in (w.HTTP, w.ECHO)],
         *[f"tcp {_neighbour(address)} {w.HTTP}" for address in (one, other)],
@@ -87,6 +87,13 @@ def test_a_guest_reaches_nothing_else(server: Server, world: World, vm: str, sib
     assert found[f"tcp {w.LAN} {w.HTTP}"] != "silence", found
     # A name that leads to the LAN leads nowhere.
     assert server.cli.sh(vm, f"curl -sS -m 5 http://{w.LAN_NAME}/").code != 0
+
+
+def _serve(server: Server, world: World, vm: str) -> None:
+    """A server on the guest's port 80, once it answers the host, which may ask it: who does not reach it is kept from it."""
+    server.cli.sh(vm, "python3 -m http.server 80 >/dev/null 2>&1 </dev/null & sleep 0.1", "--timeout", "120s").ok()
+    address = server.cli.inspect(vm)["address"]
+    until(lambda: world.get(f"http://{address}/"), seconds=60, what=f"the web server of {vm}")
 
 
 def _gateway(server: Server, vm: str) -> str:
@@ -111,7 +118,9 @@ def _neighbour(address: str) -> str:
 @pytest.mark.firecracker
 def test_nobody_outside_reaches_a_guest(server: Server, world: World, vm: str) -> None:
     address = server.cli.inspect(vm)["address"]
-    server.cli.sh(vm, "python3 -m http.server 80 >/dev/null 2>&1 </dev/null & sleep 0.1", "--timeout", "120s")
+    _serve(server, world, vm)
+    # From there the host is reached, and by way of it the guest would be.
+    assert world.get(f"http://{w.HOST_PUBLIC}/", netns=world.internet)
     world.run("ip", "route", "add", f"{address}/32", "via", w.HOST_PUBLIC, netns=world.internet)
     try:
         assert world.get(f"http://{address}/", netns=world.internet) == ""
