@@ -152,7 +152,7 @@ def _plan(stage: Stage, nonce: str, *, delay: float) -> dict[str, Any]:
     connects = [target for _, attempt in stage.attempts for target in attempt.connects(stage.place)]
     connects += [["tcp", w.PUBLIC, w.ECHO], ["udp", a.GATEWAY, w.DNS], ["tcp", a.GATEWAY, w.DNS]]
     last = [a.GUEST_MAC, a.good(a.dgram(w.PUBLIC, mark(LAST))).hex()]
-    return {"delay": delay, "frames": sent, "connects": connects, "last": last}
+    return {"delay": delay, "patience": within(2), "frames": sent, "connects": connects, "last": last}
 
 
 class TooSlowError(Exception):
@@ -309,6 +309,21 @@ def test_nothing_gets_out_when_the_hosts_rules_are_gone(stage: Stage) -> None:
     # And after the server has brought them back.
     _until_rules_are_back(stage)
     _judge(stage, _attack(stage))
+
+
+def test_a_flood_of_arp_is_held_to_its_rate(stage: Stage) -> None:
+    """Each question is allowed, and answered at the host's cost."""
+    question = [a.GUEST_MAC, a.ARP_QUESTION(stage.place, b"").pop().hex()]
+    plan = {"delay": 0, "patience": 1, "frames": [question] * a.ARP_FLOOD, "connects": [], "last": question}
+    before, began = _counters(stage.netns), time.monotonic()
+    script = HOSTILE.read_text(encoding="utf-8")
+    stdin = json.dumps(plan).encode() + b"\n"
+    done = stage.server.cli("exec", "-i", stage.vm, "--", "python3", "-c", script, stdin=stdin).ok()
+    assert '"refused": []' in done.text, done
+    # 20 a second, and as many at once as it has in hand when it begins.
+    passed = 20 * (time.monotonic() - began + 1)
+    dropped = (_counters(stage.netns) - before)["guard"]
+    assert dropped > 0 and dropped >= a.ARP_FLOOD - passed, f"{dropped} of {a.ARP_FLOOD} dropped, {passed:.0f} may pass"
 
 
 def test_the_table_of_attempts_is_in_security_md() -> None:

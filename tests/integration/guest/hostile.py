@@ -1,7 +1,8 @@
 """Runs as root in a guest: sends the frames it is given and tries the connections it is given.
 
 One JSON object on stdin: {"delay": seconds, "frames": [[MAC of the NIC, frame in hexadecimal] …],
-"connects": [[kind, address, port] …], "last": the frame that is sent after all else}.
+"connects": [[kind, address, port] …], "patience": seconds after which what is dropped in silence is given up,
+"last": the frame that is sent after all else}.
 Says "ready" when it has it, waits, acts, and prints one JSON object: what went wrong, and what came of each connection.
 """
 
@@ -13,8 +14,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-#: What is dropped in silence is given up after this, seconds.
-PATIENCE = 2
 #: Between frames, seconds: no faster than an emulated NIC takes them.
 PAUSE = 0.002
 
@@ -39,20 +38,20 @@ def send(frames: list[list[str]]) -> list[str]:
     return refused
 
 
-def connect(target: list[str]) -> str:
+def connect(target: list[str], patience: float) -> str:
     """ "open" if anything answers."""
     kind, address, port = target
     try:
         if kind == "vsock":
             with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as end:
-                end.settimeout(PATIENCE)
+                end.settimeout(patience)
                 end.connect((int(address), int(port)))
             return "open"
         if kind == "tcp":
-            socket.create_connection((address, int(port)), timeout=PATIENCE).close()
+            socket.create_connection((address, int(port)), timeout=patience).close()
             return "open"
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
-            end.settimeout(PATIENCE)
+            end.settimeout(patience)
             end.connect((address, int(port)))
             # A question for a name, which a resolver would answer; to others it is noise.
             end.send(b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x01a\x00\x00\x01\x00\x01")
@@ -70,7 +69,7 @@ def main() -> None:
     time.sleep(plan["delay"])
     connects = plan["connects"]
     with ThreadPoolExecutor(max(1, len(connects))) as pool:
-        tries = [pool.submit(connect, target) for target in connects]
+        tries = [pool.submit(connect, target, plan["patience"]) for target in connects]
         refused = send(plan["frames"])
         came = {" ".join(map(str, target)): one.result() for target, one in zip(connects, tries, strict=True)}
     refused += send([plan["last"]])

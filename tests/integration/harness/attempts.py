@@ -325,6 +325,11 @@ PACKETS = [
     Attempt("TCP: SYN and FIN", Layer.INVALID, flags(f.SYN | f.FIN)),
     Attempt("TCP: no flags", Layer.INVALID, flags(0)),
     Attempt("TCP: FIN, PSH and URG (Christmas tree)", Layer.INVALID, flags(0x29)),
+    Attempt(
+        "TCP: in the middle of a connection that is not, to the LAN",
+        Layer.PRIVATE,
+        lambda _p, m: [good(syn(LAN, m, flags=f.ACK))],
+    ),
     Attempt("ICMP: fragmentation needed, of a connection that is not", Layer.INVALID, lambda _p, m: [good(too_big(m))]),
     Attempt("ICMP: redirect", Layer.INPUT, lambda _p, m: [good(redirect(m))]),
     Attempt("tunnel: GRE", Layer.FORWARD, tunnel(47, b"\0\0\x08\0", lambda m: dgram(LAN, m))),
@@ -468,6 +473,11 @@ CONNECTIONS = [
 
 ATTEMPTS = [*SOURCES, *LINKS, *PACKETS, *DESTINATIONS, *MANAGEMENT, *CONNECTIONS]
 
+#: One allowed question for the gateway, of which a guest may ask some; and what many of them are stopped by.
+ARP_QUESTION: Frames = asks(1, ME, (NOBODY, GATEWAY))
+ARP_FLOOD = 500
+FLOODS = {f"ARP: {ARP_FLOOD} allowed questions at once": "frames allowed on the tap: 20 of these a second"}
+
 #: What has to get through, or seeing nothing of the rest proves nothing.
 CONTROLS: dict[str, Frames] = {
     "UDP": lambda _p, m: [good(dgram(PUBLIC, m))],
@@ -475,6 +485,8 @@ CONTROLS: dict[str, Frames] = {
     "ping": lambda _p, m: [good(echo(PUBLIC, m))],
     "good fragments": cut(PUBLIC, [(0, 48), (48, 96)], 201),
     "a tiny first fragment: looked at when it is whole": cut(PUBLIC, [(0, 8), (8, 96)], 202, f.TCP),
+    # As the first packet of any other: whom it reaches knows of no such connection either.
+    "TCP in the middle of a connection that is not": lambda _p, m: [good(syn(PUBLIC, m, port=81, flags=f.ACK))],
     "record route": spoilt(options=b"\x07\x07\x04" + bytes(4)),
 }
 
@@ -483,7 +495,8 @@ SECURITY = REPO / "SECURITY.md"
 
 
 def table() -> str:
-    rows = "\n".join(f"| {attempt.what} | {attempt.stopped.words} |" for attempt in ATTEMPTS)
+    every = {**{attempt.what: attempt.stopped.words for attempt in ATTEMPTS}, **FLOODS}
+    rows = "\n".join(f"| {what} | {stopped} |" for what, stopped in every.items())
     return f"{BEGIN}\n| attempt | stopped by |\n|---|---|\n{rows}\n{END}"
 
 

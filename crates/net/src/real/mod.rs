@@ -2,6 +2,7 @@
 //! a `host`, in which the server's code runs, an `internet` behind it, and guests behind the slots' taps.
 
 mod crash;
+mod forged;
 mod isolation;
 mod lifecycle;
 mod renew;

@@ -126,7 +126,7 @@ pub(super) fn paths() -> Paths {
     Paths { netns_dir: crate::NETNS_DIR.into(), nft }
 }
 
-fn sysctl(key: &str, value: &str) {
+pub(super) fn sysctl(key: &str, value: &str) {
     std::fs::File::options()
         .write(true)
         .open(Path::new("/proc/sys").join(key))
