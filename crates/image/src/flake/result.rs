@@ -60,7 +60,7 @@ async fn room(bench: &Bench, disk: &Path, files: usize) -> Result<u64> {
     bench
         .blocking(move |this| {
             this.library.store.prepare()?;
-            let left = this.library.room.left(&this.library.store, LEAST)?;
+            let left = this.library.left(LEAST)?;
             let size = std::fs::symlink_metadata(&disk)
                 .map_err(|error| Error::io(format!("looking at {}", disk.display()), error))?
                 .len();

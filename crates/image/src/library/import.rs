@@ -51,7 +51,7 @@ pub async fn import(
     let limit = library
         .blocking(|this| {
             this.store.prepare()?;
-            this.room.left(&this.store, LEAST)
+            this.left(LEAST)
         })
         .await?;
     let spool = spooled(&library, archive, limit, &teller).await?;
@@ -225,8 +225,7 @@ async fn layered(
         .iter()
         .map(|layer| library.fetched(layer).and_then(|file| file.ok_or_else(|| gone(layer))))
         .collect();
-    let room = library.room;
-    let left = library.blocking(move |this| room.left(&this.store, LEAST)).await;
+    let left = library.blocking(|this| this.left(LEAST)).await;
     let made = match left {
         Ok(left) => library.assemble(image, called, left, teller, futures_util::stream::iter(files)).await,
         Err(error) => Err(error),

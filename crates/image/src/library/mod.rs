@@ -38,14 +38,20 @@ pub struct Library {
     pub(crate) verifier: Arc<Verifier>,
     pub(crate) refs: Arc<Refs>,
     pub(crate) builder: Builder,
-    pub(crate) room: Room,
+    room: Room,
+    promised: room::Promised,
 }
 
 impl Library {
     /// `helper` is the path of `clawpot-unpack`.
     pub(crate) fn new(store: Store, verifier: Arc<Verifier>, refs: Arc<Refs>, helper: PathBuf, room: Room) -> Self {
         let builder = Builder { helper, cache: store.cache() };
-        Self { store, verifier, refs, builder, room }
+        Self { store, verifier, refs, builder, room, promised: room::Promised::default() }
+    }
+
+    /// Bytes that may still be written. `Exhausted`: not even `needed`. Blocks.
+    pub(crate) fn left(&self, needed: u64) -> Result<u64> {
+        self.promised.left(self.room, &self.store, needed)
     }
 
     /// Runs `work` where it may block.

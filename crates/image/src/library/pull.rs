@@ -19,7 +19,7 @@ use super::Library;
 use super::fetch::Landing;
 use super::finish::Called;
 use super::progress::Teller;
-use super::room::LEAST;
+use super::room::Promise;
 use crate::manifest::Blob;
 use crate::oci::{self, DOCUMENT_LIMIT, Document, Image};
 use crate::refs::Hold;
@@ -101,17 +101,13 @@ async fn assembled(
     (teller, landing): (&Teller, &Landing),
 ) -> Result<ImageDetail> {
     let image = image(library, registry, reference, (digest, &document), (teller, landing)).await?;
-    let needed = image
-        .layers
-        .iter()
-        .filter(|layer| !matches!(library.fetched(layer), Ok(Some(_))))
-        // The sizes are the registry's words.
-        .fold(0, |bytes: u64, layer| bytes.saturating_add(layer.size));
-    let room = library.room;
-    let left = library.blocking(move |this| room.left(&this.store, needed.saturating_add(LEAST))).await?;
-    let files = downloads(library, registry, reference, &image, (teller, landing));
-    // What the layers will take is not the tree's as well.
-    library.assemble(image, called, left - needed, teller, files).await
+    let missing: Vec<Blob> =
+        image.layers.iter().filter(|layer| !matches!(library.fetched(layer), Ok(Some(_)))).cloned().collect();
+    // What the layers will take is not the tree's as well, nor another pull's.
+    let promised = library.blocking(move |this| this.promised.promise(this.room, &this.store, missing)).await?;
+    let (left, promise) = (promised.0, Arc::new(promised.1));
+    let files = downloads(library, registry, (reference, &image), &promise, (teller, landing));
+    library.assemble(image, called, left, teller, files).await
 }
 
 fn parse(text: &str) -> Result<Reference> {
@@ -257,8 +253,8 @@ async fn image(
 fn downloads(
     library: &Library,
     registry: &Registry,
-    reference: &Reference,
-    image: &Image,
+    (reference, image): (&Reference, &Image),
+    promise: &Arc<Promise>,
     (teller, landing): (&Teller, &Landing),
 ) -> impl futures_util::Stream<Item = Result<std::fs::File>> + Send + use<> {
     let turns = Arc::new(Semaphore::new(AT_ONCE));
@@ -267,10 +263,12 @@ fn downloads(
         let (library, client, reference, layer) =
             (library.clone(), registry.client.clone(), reference.clone(), layer.clone());
         let meter = teller.meter(layer.digest.as_str(), layer.size);
-        let (turns, landing) = (Arc::clone(&turns), landing.clone());
+        let (turns, landing, promise) = (Arc::clone(&turns), landing.clone(), Arc::clone(promise));
         let task = async move {
             let _turn = turns.acquire_owned().await;
-            library.fetch((&client, &reference), &layer, meter, &landing).await
+            let file = library.fetch((&client, &reference), &layer, meter, &landing).await?;
+            promise.kept(&layer.digest);
+            Ok(file)
         };
         tasks.push(AbortOnDropHandle::new(tokio::spawn(task)));
     }
