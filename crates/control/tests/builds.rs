@@ -356,6 +356,24 @@ async fn one_whose_vm_cannot_be_proven_to_be_its_own_ends() {
     check_empty(&house, &bench);
 }
 
+/// Nobody can say what is there of the VM: it is kept, and the others are looked after all the same.
+#[tokio::test(start_paused = true)]
+async fn one_vm_that_stays_keeps_no_other_from_being_removed() {
+    let mut house = House::new().await;
+    let (builds, bench) = workshop(&house, Does::NeverEnds).await;
+    let mut progress = begin(&builds, wanted());
+    in_its_vm(&house, &mut progress).await;
+    house.restart().await;
+    house.faults.always(Method::VmmInspect, Injection::Error(Kind::Internal));
+    let next = Builds::new(house.service().clone(), bench.clone(), Arc::new(Nix(Does::Builds)));
+    tokio::time::timeout(Duration::from_secs(3600), next.clear_up()).await.expect("it waits for ever");
+    assert_eq!(bench.files.lock().unwrap().len(), 1, "who knows who writes to them");
+    house.faults.heal(Method::VmmInspect);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    next.clear_up().await;
+    check_empty(&house, &bench);
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_next_server_removes_what_a_dead_one_was_building() {
     let mut house = House::new().await;

@@ -305,5 +305,30 @@ async fn a_drain_stops_everything_and_leaving_stops_nothing() {
     house.service().drain("server").await.unwrap();
     assert_eq!((house.phase(&one), house.phase(&two)), (Some(Phase::Stopped), Some(Phase::Stopped)));
     assert!(house.host.living().is_empty());
+    // Connections that are open still are told that it goes.
+    let refusals = [
+        refused(house.service().start(one.as_str(), "uid=0").await),
+        refused(house.try_create("late", &wanted("late")).await),
+    ];
+    assert!(refusals.iter().all(|error| error.kind() == Kind::Unavailable), "{refusals:?}");
     house.check_contracts();
+}
+
+/// What failed may have its machine for a while yet.
+#[tokio::test(start_paused = true)]
+async fn a_drain_waits_for_what_is_left_of_a_vm_that_failed() {
+    let house = House::new().await;
+    house.host.set_boot(Boot::Silent);
+    let id = house.create("web").await;
+    house.faults.always(Method::VmmStop, Injection::Error(Kind::Internal));
+    house.until(&id, Some(Phase::Failed)).await;
+    let drained = {
+        let service = house.service().clone();
+        tokio::spawn(async move { service.drain("server").await })
+    };
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(!drained.is_finished() && house.host.living().len() == 1);
+    house.faults.heal(Method::VmmStop);
+    drained.await.unwrap().unwrap();
+    assert!(house.host.living().is_empty());
 }

@@ -12,6 +12,9 @@ use crate::records::Row;
 /// Between two attempts to remove a VM of a store that cannot be written.
 const RETRY: Duration = Duration::from_secs(5);
 
+/// How long its VM may take to go. Seconds are what it takes; longer is one of which the host cannot say what there is.
+const REMOVAL: Duration = Duration::from_secs(300);
+
 impl Builds {
     /// The VM first, as it has the disks.
     pub(super) async fn clear(&self, build: &VmId, actor: &str) -> Result<()> {
@@ -36,7 +39,13 @@ impl Builds {
             tokio::time::sleep(RETRY).await;
         }
         let over = |row: Option<Row>| row.is_none_or(|row| row.phase() == Phase::Quarantined);
-        self.service.until(vm, over).await?;
+        match tokio::time::timeout(REMOVAL, self.service.until(vm, over)).await {
+            Ok(reached) => reached?,
+            Err(_) => {
+                let what = format!("VM {vm}: it is being deleted for {} s, and is still there", REMOVAL.as_secs());
+                return Err(Error::new(Kind::Timeout, what).hint("the server's log says what it waits for"));
+            }
+        }
         match self.service.records().get(vm) {
             None => Ok(()),
             // Who looks after it may take days, for which no client and no place among the builds waits.

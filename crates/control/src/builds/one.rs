@@ -249,7 +249,9 @@ impl One<'_> {
         service.stop(vm.as_str(), GRACE, self.actor).await?;
         service
             .until(vm, |row| {
-                row.is_none_or(|row| matches!(row.phase(), Phase::Stopped | Phase::Failed | Phase::Deleting))
+                row.is_none_or(|row| {
+                    matches!(row.phase(), Phase::Stopped | Phase::Failed | Phase::Deleting | Phase::Quarantined)
+                })
             })
             .await?;
         match known(vm, service.records().get(vm))? {

@@ -111,6 +111,7 @@ impl Service {
         {
             return self.repeated(&earlier.value, &body).await;
         }
+        self.check_stays("create")?;
         let image = self.deps.images.resolve(&body.spec.image).await?;
         let boots = self.deps.images.boots(&image, self.deps.vmms.default().capabilities().kind).await;
         boots.map_err(|error| error.context(format!("image {}", body.spec.image)))?;

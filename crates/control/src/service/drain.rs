@@ -1,9 +1,11 @@
 //! Drain: the other way to go. Every VM is stopped in an orderly way before the daemon leaves.
 
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use clawpot_core::{Desired, Phase};
-use clawpot_types::{Error, Kind, Millis, Result};
+use clawpot_types::{Error, Kind, Millis, Result, VmId};
 use tracing::warn;
 
 use super::Service;
@@ -12,37 +14,68 @@ use crate::records::Row;
 /// Beyond the grace that each guest gets.
 const SLACK: Duration = Duration::from_secs(15);
 
+/// Between two looks, at most: what a VM that failed has left is seen by its runner, and is no change of its record.
+const LOOK: Duration = Duration::from_millis(100);
+
 impl Service {
-    /// Stops every VM and waits until none has a process. `Timeout` names one that has.
+    /// Stops every VM and waits until none has a process; from now on none is made or started. `Timeout` names one that has.
     pub async fn drain(&self, actor: &str) -> Result<()> {
-        let mut patience = SLACK;
-        for (id, row) in self.records.rows_after(None) {
-            let Row::Known { record, .. } = row else { continue };
-            patience = patience.max(SLACK + record.stop_grace.into());
-            if record.desired == Desired::Running
-                && let Err(error) = self.stop(id.as_str(), Millis(0), actor).await
-            {
-                warn!(vm = %id, error = error.chain(), "drain: cannot stop it");
-            }
-        }
-        match tokio::time::timeout(patience, self.until_quiet()).await {
+        self.shared.draining.store(true, Ordering::SeqCst);
+        let graces = self.records.rows_after(None).into_iter().filter_map(|(_, row)| match row {
+            Row::Known { record, .. } => Some(Duration::from(record.stop_grace)),
+            Row::Unreadable { .. } => None,
+        });
+        let patience = SLACK + graces.max().unwrap_or_default();
+        match tokio::time::timeout(patience, self.until_quiet(actor)).await {
             Ok(()) => Ok(()),
             Err(_) => Err(Error::new(Kind::Timeout, format!("drain: {} still runs", self.noisy().unwrap_or_default()))),
         }
     }
 
-    async fn until_quiet(&self) {
+    /// `Unavailable` once the server stops its VMs before it goes.
+    pub(super) fn check_stays(&self, what: &str) -> Result<()> {
+        if !self.shared.draining.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Unavailable, format!("{what}: the server is going, and stops its VMs"))
+            .hint("ask again when it is back"))
+    }
+
+    async fn until_quiet(&self, actor: &str) {
         let mut changes = self.records.subscribe();
-        while self.noisy().is_some() {
-            // Lagged or not: look again.
-            changes.recv().await.map_or_else(drop, drop);
+        let mut told = BTreeSet::new();
+        loop {
+            // Also what was being made or started when the drain began.
+            self.stop_all(actor, &mut told).await;
+            if self.noisy().is_none() {
+                return;
+            }
+            // Lagged or not, or nothing at all: look again.
+            tokio::time::timeout(LOOK, changes.recv()).await.map_or_else(drop, drop);
+        }
+    }
+
+    async fn stop_all(&self, actor: &str, told: &mut BTreeSet<VmId>) {
+        for (id, row) in self.records.rows_after(None) {
+            if let Row::Known { record, .. } = row
+                && record.desired == Desired::Running
+                && let Err(error) = self.stop(id.as_str(), Millis(0), actor).await
+                && told.insert(id.clone())
+            {
+                warn!(vm = %id, error = error.chain(), "drain: cannot stop it");
+            }
         }
     }
 
     /// One VM that is not at rest.
     fn noisy(&self) -> Option<String> {
-        let at_rest = |phase| matches!(phase, Phase::Stopped | Phase::Failed | Phase::Quarantined);
+        let at_rest = |id: &VmId, row: &Row| match row.phase() {
+            Phase::Stopped | Phase::Quarantined => true,
+            // What failed may have its machine still.
+            Phase::Failed => self.lives.is_bare(id),
+            _ => false,
+        };
         let mut rows = self.records.rows_after(None).into_iter();
-        rows.find(|(_, row)| !at_rest(row.phase())).map(|(id, row)| format!("VM {id} ({})", row.phase()))
+        rows.find(|(id, row)| !at_rest(id, row)).map(|(id, row)| format!("VM {id} ({})", row.phase()))
     }
 }

@@ -131,6 +131,9 @@ impl Service {
                 }
                 Answer::Accept | Answer::Await => {}
             }
+            if request == Request::Start {
+                self.check_stays(&format!("VM {}: start", record.name))?;
+            }
             // Kept until it is written down.
             let promise = match request {
                 Request::Start => self.admit_start(&record).await?,

@@ -15,6 +15,7 @@ pub mod read;
 pub mod volume;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use clawpot_core::event::{About, Draft};
@@ -55,6 +56,8 @@ struct Shared {
     volumes_in_doubt: Mutex<BTreeSet<VolumeName>>,
     /// VMs of which the store did not say whether a change was done.
     in_doubt: Mutex<BTreeSet<VmId>>,
+    /// The server stops its VMs before it goes.
+    draining: AtomicBool,
     leaving: watch::Sender<bool>,
     /// Runners and housekeeping.
     tasks: Mutex<Vec<tokio::task::JoinHandle<()>>>,
@@ -70,6 +73,7 @@ impl Service {
             volumes: Mutex::default(),
             turns: Arc::default(),
             volumes_in_doubt: Mutex::default(),
+            draining: AtomicBool::new(false),
             leaving: watch::channel(false).0,
             tasks: Mutex::new(Vec::new()),
         };
