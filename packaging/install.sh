@@ -111,6 +111,15 @@ deactivate() {
   if with_systemd && [[ -e $unit ]]; then systemctl disable --now --quiet clawpot.service; fi
 }
 
+# A server that ends leaves stopped VMs their resolver and addresses, which a program that is gone could not take away.
+clear_host() {
+  local server=${binaries[1]}
+  if [[ ! -x $server ]]; then return; fi
+  # With the settings that the unit has.
+  "$server" clear-host ||
+    die "what the server left on this host could not be taken away; nothing was removed" "see the lines above, then uninstall again"
+}
+
 # put_back FILE: settings that are still as we made them become what they were.
 put_back() {
   local key value before
@@ -189,6 +198,7 @@ remove() {
   fi
   refuse_while_vms_run
   deactivate
+  clear_host
   put_back "$sysctl_file"
   remove_files
   if with_systemd; then systemctl daemon-reload; fi

@@ -180,7 +180,8 @@ def uninstalled(vm: Vm) -> None:
     assert refused.returncode != 0 and "still run" in refused.stderr, refused.stderr
     assert show("ActiveState") == "active"
     vm.is_untouched()
-    run("clawpot", "rm", "web")
+    # A VM that is stopped keeps its record and its disk, and nothing of the host.
+    run("clawpot", "stop", "web")
     done = install("uninstall")
     assert "net.ipv4.ip_forward is 0 again" in done.stdout, done.stdout
     assert FORWARD.read_text().strip() == "0"
@@ -192,6 +193,11 @@ def uninstalled(vm: Vm) -> None:
     assert not [path.name for path in Path("/run/netns").glob("cp*")]
     assert not [path for path in Path("/sys/fs/cgroup").glob("clawpot/*") if path.is_dir()]
     assert "clawpot" not in run("nft", "list", "tables").stdout
+    assert not run("pgrep", "-x", "clawpot-edge", check=False).stdout, run("ps", "axfo", "pid,stat,args").stdout
+    assert [path.name for path in Path("/run/clawpot/blocks").iterdir()] == ["lock"]
+    addresses = run("ip", "-o", "-4", "address", "show", "dev", "lo").stdout.splitlines()
+    assert len(addresses) == 1 and "127.0.0.1" in addresses[0], addresses
+    assert list(STATE.glob("disks/*"))
 
 
 def main() -> int:

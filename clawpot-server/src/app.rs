@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use crate::api::host::About;
 use crate::chance::{RandomIds, WallClock};
 use crate::config::Config;
-use crate::resolver::Keeper;
+use crate::resolver::{self, Keeper};
 use crate::room::ThisHost;
 use crate::vmms;
 
@@ -147,6 +147,27 @@ fn need_root() -> Result<()> {
         "clawpot-server: it makes namespaces, taps and cgroups, which only root may",
     )
     .hint("run it with sudo, or as a systemd unit"))
+}
+
+/// `clawpot-server clear-host`. A server that ends leaves VMs that are stopped the addresses they know and a resolver; of these
+/// nothing stays. What they are stays: their records and disks, and the hold on their images.
+///
+/// # Errors
+/// `FailedPrecondition`: a server or a VM runs; nothing was touched then.
+pub async fn clear_host(config: &Config) -> Result<()> {
+    need_root()?;
+    let Some(instance) = clawpot_net::instance::read(&config.state_dir)? else {
+        // No server ever ran here.
+        return Ok(());
+    };
+    let lock = StateLock::acquire(&config.state_dir)?;
+    let net = network(config, &instance).await?;
+    let seat = net.resolver();
+    // It looks for VMs first.
+    net.give_up().await?;
+    resolver::remove(config, &instance, seat).await?;
+    drop(lock);
+    Ok(())
 }
 
 /// `clawpot-server backup FILE`.

@@ -49,6 +49,9 @@ enum Command {
     Man,
     /// Copy records and events of the state directory to FILE, while a server runs or not
     Backup { file: PathBuf },
+    /// Take away what stays on this host for VMs that are stopped: the resolver, addresses, rules and prepared network slots.
+    /// Records, disks and images stay, and the next server makes the rest anew. Refused while a server or a VM runs
+    ClearHost,
     /// Name every point at which a test can let the server die
     #[cfg(feature = "failpoints")]
     Failpoints,
@@ -78,17 +81,24 @@ fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
         Command::Man => man(),
+        Command::ClearHost => {
+            init_logs(config.log_format);
+            runtime()?.block_on(app::clear_host(&config))
+        }
         Command::Serve => {
             init_logs(config.log_format);
             clawpot_host::process::raise_open_files()?;
-            let runtime = tokio::runtime::Builder::new_multi_thread()
-                .worker_threads(2)
-                .enable_all()
-                .build()
-                .map_err(|error| Error::io("starting the runtime", error))?;
-            runtime.block_on(serve::serve(config))
+            runtime()?.block_on(serve::serve(config))
         }
     }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Error::io("starting the runtime", error))
 }
 
 fn man() -> Result<()> {

@@ -25,14 +25,7 @@ pub struct Keeper {
 impl Keeper {
     /// The resolver runs when this returns. Without one VMs still run, and reach addresses though not names.
     pub async fn start(config: &Config, instance: &InstanceId, seat: ResolverSeat) -> Result<Self> {
-        let resolver = Resolver {
-            program: program(config)?,
-            user: User { uid: seat.uid, gid: seat.gid },
-            address: seat.address,
-            cgroup: Cgroups::find()?.group(&format!("clawpot/{instance}/resolver"))?,
-            log: config.state_dir.join("resolver.log"),
-            resolv_conf: config.resolv_conf.clone(),
-        };
+        let resolver = resolver(config, instance, seat)?;
         resolver.ensure().await?;
         let kept = resolver.clone();
         let task = tokio::spawn(async move {
@@ -60,6 +53,22 @@ impl Keeper {
         (&mut self.task).await.unwrap_or_default();
         self.resolver.remove().await
     }
+}
+
+/// Ends one that a server has left, where no server runs.
+pub async fn remove(config: &Config, instance: &InstanceId, seat: ResolverSeat) -> Result<()> {
+    resolver(config, instance, seat)?.remove().await
+}
+
+fn resolver(config: &Config, instance: &InstanceId, seat: ResolverSeat) -> Result<Resolver> {
+    Ok(Resolver {
+        program: program(config)?,
+        user: User { uid: seat.uid, gid: seat.gid },
+        address: seat.address,
+        cgroup: Cgroups::find()?.group(&format!("clawpot/{instance}/resolver"))?,
+        log: config.state_dir.join("resolver.log"),
+        resolv_conf: config.resolv_conf.clone(),
+    })
 }
 
 /// Beside this program, where both were installed or built; else in `PATH`.

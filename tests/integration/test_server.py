@@ -125,6 +125,34 @@ def test_drain_stops_the_vms_first(second: Server, vm: str) -> None:
     assert second.cli.inspect(vm)["phase"] == "stopped"
 
 
+def test_what_stays_for_stopped_vms_can_be_taken_away(make_server: Callable[..., Server]) -> None:
+    """As `make uninstall` does: refused while a server or a VM runs, and the next server starts the VM as it was."""
+    server = make_server("clear").start()
+    server.cli("create", "--wait", "--name", "left", "debian").ok()
+    server.cli.sh("left", "echo kept >/root/kept; sync").ok()
+    refused = server.refuses("clear-host")
+    assert refused.returncode == 1 and "in use by another server" in refused.stderr, refused.stderr
+    server.stop()
+    refused = server.refuses("clear-host")
+    assert refused.returncode == 1 and "is in use" in refused.stderr, refused.stderr
+    server.start()
+    assert server.cli.sh("left", "cat /root/kept").ok().text == "kept\n"
+    server.cli("stop", "left").ok()
+    server.stop()
+
+    def left() -> list[str]:
+        return [thing for thing in server.traces.now() if not thing.startswith("file ")]
+
+    assert left(), "the server leaves the resolver and prepared slots, or this shows nothing"
+    for _ in range(2):
+        cleared = server.refuses("clear-host")
+        assert cleared.returncode == 0, cleared.stderr
+        assert not left()
+    server.start()
+    server.cli("start", "left").ok()
+    assert server.cli.sh("left", "cat /root/kept").ok().text == "kept\n"
+
+
 def test_a_record_that_cannot_be_read_is_quarantined(second: Server, vm: str) -> None:
     """Shown, never touched, and `rm --force` is the way out."""
     if not second.cli.ls():
