@@ -249,13 +249,14 @@ class Hand:
 
 
 def _own_taps(argv: list[str]) -> list[str]:
-    """QEMU's words with the taps opened by name instead of handed over as descriptors."""
+    """QEMU's words with taps and QMP's socket opened by name instead of handed over as descriptors."""
     taps = iter(("tap0", "mgmt0"))
     words = []
     for word in argv:
-        if word.startswith("tap,") or ",fd=" in word:
+        if ",fd=" in word:
             parts = [part for part in word.split(",") if not part.startswith("fd=")]
-            word = ",".join([*parts, f"ifname={next(taps)}", "script=no", "downscript=no"])
+            named = [f"ifname={next(taps)}", "script=no", "downscript=no"] if parts[0] == "tap" else ["path=qmp.sock"]
+            word = ",".join([*parts, *named])
         words.append(word)
     return words
 
