@@ -125,7 +125,7 @@ impl SlotNet {
                 Kind::FailedPrecondition,
                 format!("giving up the block of network slots: slot {slot} is in use"),
             )
-            .hint("delete the VMs first"));
+            .hint("a VM is in it: start the server, stop or delete what `clawpot ls` shows, and ask again"));
         }
         self.remove_all(slots).await?;
         self.shop.table.remove(&self.shop.nft, &self.shop.site).await?;

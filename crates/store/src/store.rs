@@ -127,9 +127,7 @@ impl SqliteStore {
             .map_err(|error| Error::io("state store: starting its writer", error))?;
         Ok(Self { queue, hub, readers, epoch, options, writer: Some(writer) })
     }
-}
 
-impl SqliteStore {
     /// Readers see a commit before the writer publishes it: where that leaves a doubt, what is on disk decides.
     async fn check_not_ahead(&self, from: Revision) -> Result<()> {
         if from.0 <= self.hub.changes().position() {

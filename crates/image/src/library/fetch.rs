@@ -126,9 +126,7 @@ impl Library {
             Err(error) => Err(Error::io(what(), error)),
         }
     }
-}
 
-impl Library {
     /// Removes those of `blobs` that are in the store and are not what their digest says, for they are believed by their size. Gives
     /// their number. Reads all of them.
     pub(super) fn remove_rotten(&self, blobs: &[Blob]) -> Result<usize> {
