@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -227,26 +228,39 @@ def test_a_vm_that_never_gets_ready_shows_its_console(tmp_path: Path) -> None:
 def test_a_qemu_that_is_given_up_while_it_starts_does_not_come_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
-    """A stand-in that goes into the background as QEMU does, seconds after it was called; or writes its pid, and hangs."""
-    name = "clawpot-dev-3"
-    slow, waits = ("sleep 3; ", "; sleep 1") if ends == "told to end" else ("", "; wait")
+    """A stand-in that goes into the background as QEMU does, after its caller was told to end; or writes its pid, and hangs."""
+    name, called, told, pid_file = "clawpot-dev-3", *(tmp_path / name for name in ("called", "told", "qemu.pid"))
+    signalled = ends == "told to end"
+    first, then = (f"touch {called}; until [ -e {told} ]; do sleep 0.1; done", "") if signalled else ("", "wait")
     (tmp_path / "bin").mkdir()
     stand_in = tmp_path / "bin/qemu-system-x86_64"
-    daemon = f"{sys.executable} -c 'import time; time.sleep(60)' guest={name}"
-    stand_in.write_text(f"#!/bin/sh\n{slow}{daemon} &\necho $! >{tmp_path}/qemu.pid{waits}\n")
+    daemon = f"import os, time; print(os.getpid(), file=open('{pid_file}', 'w'), flush=True); time.sleep(600)"
+    up = f"until [ -s {pid_file} ]; do sleep 0.1; done"
+    stand_in.write_text(f'#!/bin/sh\n{first}\n{sys.executable} -c "{daemon}" guest={name} &\n{up}\n{then}\n')
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(qemu, "QUIT_SECONDS", 20 if slow else 0.3)
-    monkeypatch.setattr(qemu, "START_SECONDS", 20 if slow else 3)
+    # The hung one has both to write its pid.
+    monkeypatch.setattr(qemu, "START_SECONDS", 60 if signalled else 1)
+    monkeypatch.setattr(qemu, "QUIT_SECONDS", 60 if signalled else 8)
     spec = qemu.Spec(name, tmp_path, tmp_path, tmp_path / "disk", 1, 512, KVM_NONE)
-    before = signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))
+
+    def end(*_: object) -> None:
+        told.touch()
+        sys.exit(143)
+
+    def tell() -> None:
+        while not called.exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGALRM)
+
+    before = signal.signal(signal.SIGALRM, end)
+    teller = threading.Thread(target=tell, daemon=True)
     try:
-        if slow:
-            signal.setitimer(signal.ITIMER_REAL, 2)
-        with pytest.raises(SystemExit if slow else LabError):
+        if signalled:
+            teller.start()
+        with pytest.raises(SystemExit if signalled else LabError):
             qemu.spawn(spec)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     pid = int((tmp_path / "qemu.pid").read_text())
     assert qemu.start_time(pid) is None, "it runs, and nobody knows of it"

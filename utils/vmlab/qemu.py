@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -123,12 +124,18 @@ def abandon(spec: Spec, process: subprocess.Popen[bytes]) -> None:
 
 def start_time(pid: int) -> int | None:
     """Clock ticks from the machine's boot to the process's start: with the pid it names a process for good."""
+    found = _stat(pid)
+    return None if found is None or found[0] in "ZX" else found[1]
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """State and start time; also of one that has ended and that nobody waited for yet."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     fields = stat[stat.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else int(fields[19])
+    return fields[0], int(fields[19])
 
 
 @dataclass(frozen=True)
@@ -147,20 +154,32 @@ class Process:
         return start_time(self.pid) == self.started and self._is_ours()
 
     def _is_ours(self) -> bool:
+        return f"guest={self.name}".encode() in self._words()
+
+    def _words(self) -> list[bytes]:
+        """Its command line: none of a process that is gone, or on its way there."""
         try:
-            words = Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")
+            said = Path(f"/proc/{self.pid}/cmdline").read_bytes()
         except OSError:
-            return False
-        return f"guest={self.name}".encode() in words
+            return []
+        return said.split(b"\0") if said else []
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ended in time."""
-        deadline = time.monotonic() + seconds
-        while self.alive():
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.1)
-        return True
+        """Whether it ended in time, to its last thread: its command line is gone before its port and its disk are free."""
+        try:
+            handle = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return True
+        try:
+            # Looked at after it was opened: the descriptor is that process's, or of another that is no matter of ours.
+            found = _stat(self.pid)
+            if found is None or found[1] != self.started:
+                return True
+            poll = select.poll()
+            poll.register(handle, select.POLLIN)
+            return bool(poll.poll(seconds * 1000))
+        finally:
+            os.close(handle)
 
     def kill(self) -> None:
         """By a descriptor, so that the pid cannot become another's between the check and the signal."""
@@ -173,6 +192,8 @@ class Process:
                 # Another user's stays; the caller looks again and says so.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
+            elif self._words():
+                return
         finally:
             os.close(handle)
         self.wait(QUIT_SECONDS)
