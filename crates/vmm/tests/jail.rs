@@ -26,6 +26,11 @@ fn shell(script: &str) -> Spawn {
     Spawn::new("/bin/sh").args(["-c", script]).env("PATH", "/usr/bin:/bin")
 }
 
+/// By itself: a shell becomes another program after its start, under the eyes of a test.
+fn sleeper() -> Spawn {
+    Spawn::new("/bin/sleep").args(["60"])
+}
+
 fn exited(how: &str) -> Fact<VmmFact> {
     let how = match how {
         "exit status 1" => VmmEnd::Code(1),
@@ -184,7 +189,7 @@ async fn a_vmm_whose_identity_was_not_written_down_is_identified() {
     let (first, first_consoles) = jails(&place);
     first.prepare(&machine).await.unwrap();
     let user = User { uid: machine.seat.uid, gid: machine.seat.gid };
-    first.start(&machine.id, LIMITS, move |_| Ok(shell("exec sleep 60").user(user))).await.unwrap();
+    first.start(&machine.id, LIMITS, move |_| Ok(sleeper().user(user))).await.unwrap();
     let written = first.jail(&machine.id).unwrap().dir().join("process.json");
     let identity = std::fs::read(&written).unwrap();
     drop((first, first_consoles));
@@ -211,7 +216,7 @@ async fn a_vmm_moved_out_of_its_group_has_not_ended() {
     let (first, first_consoles) = jails(&place);
     first.prepare(&machine).await.unwrap();
     let user = User { uid: machine.seat.uid, gid: machine.seat.gid };
-    first.start(&machine.id, LIMITS, move |_| Ok(shell("exec sleep 60").user(user))).await.unwrap();
+    first.start(&machine.id, LIMITS, move |_| Ok(sleeper().user(user))).await.unwrap();
     let jail = first.jail(&machine.id).unwrap();
     let pid = jail.cgroup().members().unwrap()[0].pid;
     // A group in between that passes controllers on may hold no process.
@@ -285,7 +290,7 @@ async fn what_a_crash_leaves_is_found_and_removed() {
     assert_eq!(jails.inspect(&machine.id).await, PREPARED);
 
     // After the fork, before anything was written down.
-    let child = shell("exec sleep 60").cgroup(jail.cgroup()).unwrap().spawn().unwrap();
+    let child = sleeper().cgroup(jail.cgroup()).unwrap().spawn().unwrap();
     assert_eq!(jails.inspect(&machine.id).await, ADOPTABLE);
     jails.stop(&machine.id).unwrap();
     jails.exited(&machine.id).await;
@@ -343,7 +348,7 @@ async fn a_machine_killed_before_its_start_can_be_started() {
     for spawned in [false, true] {
         if spawned {
             let group = jails.jail(&machine.id).unwrap().cgroup().clone();
-            shell("exec sleep 60").cgroup(&group).unwrap().spawn().unwrap();
+            sleeper().cgroup(&group).unwrap().spawn().unwrap();
         } else {
             jails.start(&machine.id, LIMITS, |_| Ok(Spawn::new("/nonexistent/vmm"))).await.unwrap_err();
         }
@@ -351,7 +356,7 @@ async fn a_machine_killed_before_its_start_can_be_started() {
         jails.exited(&machine.id).await;
         assert_eq!(jails.inspect(&machine.id).await, PREPARED);
     }
-    jails.start(&machine.id, LIMITS, |_| Ok(shell("exec sleep 60"))).await.unwrap();
+    jails.start(&machine.id, LIMITS, |_| Ok(sleeper())).await.unwrap();
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(jails.inspect(&machine.id).await, RUNNING);
     jails.stop(&machine.id).unwrap();
@@ -405,7 +410,7 @@ async fn limits_hold_from_soon_after_the_start_and_for_an_adopted_machine() {
     eprintln!("confined within {:?}", started.elapsed());
 
     // Another daemon finds one that was not moved in time: a process of the group that is in no other.
-    let stray = shell("exec sleep 60").cgroup(jail.cgroup()).unwrap().spawn().unwrap();
+    let stray = sleeper().cgroup(jail.cgroup()).unwrap().spawn().unwrap();
     drop(first);
     let (second, _) = jails(&place);
     second.attach(&machine.id).unwrap();
@@ -442,7 +447,7 @@ async fn two_instances_see_only_their_own() {
     let (ours, _) = jails(&one);
     let (theirs, _) = jails(&two);
     ours.prepare(&machine).await.unwrap();
-    ours.start(&machine.id, LIMITS, |_| Ok(shell("exec sleep 60"))).await.unwrap();
+    ours.start(&machine.id, LIMITS, |_| Ok(sleeper())).await.unwrap();
     assert_eq!(theirs.inspect(&machine.id).await, Fact::Absent);
     theirs.stop(&machine.id).unwrap();
     theirs.destroy(&machine.id).await.unwrap();
