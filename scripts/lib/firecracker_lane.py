@@ -18,6 +18,8 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
+from signals import held
+
 REPO = Path(__file__).resolve().parents[2]
 ASSETS = Path(os.environ.get("CLAWPOT_IMAGE_DIR", REPO / "assets"))
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", REPO / "target"))
@@ -208,17 +210,21 @@ def run_direct(programs: Programs, more: Sequence[str]) -> tuple[int, Path]:
 
 def call(words: Sequence[object], end: signal.Signals, **how: object) -> int:
     """A command's status. When we are told to end, it is told by that signal, and has the time to end in order."""
-    with subprocess.Popen(words, stdin=subprocess.DEVNULL, **how) as child:  # type: ignore[call-overload]
-        try:
-            return child.wait()
-        except BaseException as why:
+    child: subprocess.Popen[bytes] | None = None
+    try:
+        with held():
+            child = subprocess.Popen(words, stdin=subprocess.DEVNULL, **how)  # type: ignore[call-overload]
+        return child.wait()
+    except BaseException as why:
+        if child is not None:
             # Of Ctrl-C the terminal has told it.
             if not isinstance(why, KeyboardInterrupt):
                 child.send_signal(end)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(ENDING_SECONDS)
             child.kill()
-            raise
+            child.wait()
+        raise
 
 
 def devvm(*words: str, **how: object) -> int:

@@ -166,7 +166,8 @@ def tree(tmp_path: Path) -> Path:
     """A tree with the lane's program, what it stages, and a stand-in for devvm that runs commands right here."""
     made = tmp_path / "tree"
     (made / "scripts/lib").mkdir(parents=True)
-    shutil.copy(REPO / "scripts/lib/firecracker_lane.py", made / "scripts/lib")
+    for name in ("firecracker_lane.py", "signals.py"):
+        shutil.copy(REPO / "scripts/lib" / name, made / "scripts/lib")
     (made / "SPECIFICATION.md").write_text(SPECIFICATION)
     for name in (*lane.PROGRAMS, "firecracker", "jailer"):
         executable(made / "bin" / name, "echo Firecracker v1.2.3")
@@ -207,18 +208,38 @@ def test_a_broken_run_is_not_given_the_report_of_the_last_one(tree: Path, tmp_pa
 def test_a_lane_that_is_told_to_end_leaves_no_dev_vm(tree: Path, tmp_path: Path, during: str) -> None:
     """It waits for what it runs, which ends in order, and destroys what it launched."""
     devvm = (tree / "utils/devvm").read_text().splitlines()
-    told = f"trap 'kill $!; sleep 0.5; echo told >>{tmp_path}/log; exit 143' TERM"
-    slow = f"if [[ $1 == {during} ]]; then {told}; sleep 60 & wait $!; fi"
+    waits, log = tmp_path / "waits", tmp_path / "log"
+    told = f"trap 'kill $!; sleep 0.5; echo told >>{log}; exit 143' TERM"
+    slow = f"if [[ $1 == {during} ]]; then {told}; sleep 600 & touch {waits}; wait $!; fi"
     executable(tree / "utils/devvm", devvm[1], slow, *devvm[2:])
     run = begin(tree, STATE="4")
-    log = tmp_path / "log"
-    until(lambda: log.exists() and f"\n{during} " in log.read_text(), run)
-    # What is between the line of the log and the trap.
-    time.sleep(0.5)
+    until(waits.exists, run)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 143
     run.communicate()
     assert log.read_text().splitlines()[-2:] == {"launch": ["launch --profile", "told"], "run": ["told", "destroy "]}[during]
+
+
+def test_what_was_just_begun_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes between the child's start and our knowing of it."""
+    begun: list[subprocess.Popen[bytes]] = []
+    really = subprocess.Popen
+
+    def interrupted(*words: object, **how: object) -> subprocess.Popen[bytes]:
+        begun.append(really(*words, **how))  # type: ignore[call-overload]
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begun[0]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            lane.call(["sleep", "600"], signal.SIGTERM)
+        assert begun[0].poll() == -signal.SIGTERM, "it runs, and nobody knows of it"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        begun[0].kill()
+        begun[0].wait()
 
 
 def until(reached: Callable[[], bool], run: subprocess.Popen[str]) -> None:
