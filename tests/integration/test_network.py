@@ -11,21 +11,22 @@ from harness.server import Server
 from harness.tools import until, within
 from harness.world import World
 
-#: Tries each "kind address port" for 3 s and prints what came of it: "open", "refused", "silence" …
+#: Tries each "kind address port" for so many seconds and prints what came of it: "open", "refused", "silence" …
 PROBE = r"""
 import errno, json, socket, sys
+patience = float(sys.argv[1])
 def tcp(address, port):
-    with socket.create_connection((address, port), timeout=3) as s:
+    with socket.create_connection((address, port), timeout=patience) as s:
         s.sendall(b"ping")
         return "open" if port != 7 or s.recv(4) == b"ping" else "other"
 def udp(address, port):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.settimeout(3)
+        s.settimeout(patience)
         s.connect((address, port))
         s.send(b"ping")
         return "open" if s.recv(4) == b"ping" else "other"
 found = {}
-for target in sys.argv[1:]:
+for target in sys.argv[2:]:
     kind, address, port = target.split()
     try:
         found[target] = {"tcp": tcp, "udp": udp}[kind](address, int(port))
@@ -37,31 +38,35 @@ print(json.dumps(found))
 """
 
 
-def _probe(server: Server, vm: str, *targets: str) -> dict[str, str]:
-    done = server.cli("exec", vm, "--", "python3", "-c", PROBE, *targets).ok()
+#: For what must answer, however busy the host is, seconds.
+ANSWERS = 60
+
+
+def _probe(server: Server, vm: str, *targets: str, patience: int = 3) -> dict[str, str]:
+    done = server.cli("exec", vm, "--", "python3", "-c", PROBE, patience, *targets, timeout=150).ok()
     found: dict[str, str] = json.loads(done.text)
     return found
 
 
 @pytest.mark.firecracker
 def test_names_and_public_addresses(server: Server, vm: str) -> None:
-    script = f"curl -sS -m 10 http://{w.PUBLIC_NAME}/; getent ahostsv4 {w.PUBLIC_NAME} | head -n 1"
+    script = f"curl -sS -m 60 http://{w.PUBLIC_NAME}/; getent ahostsv4 {w.PUBLIC_NAME} | head -n 1"
     page, name = server.cli.sh(vm, script).ok().text.splitlines()
     # Seen from outside it is the host that asks.
     assert page == f"from {w.HOST_PUBLIC} to {w.PUBLIC}"
     assert name.split()[0] == w.PUBLIC
-    found = _probe(server, vm, f"tcp {w.PUBLIC} {w.ECHO}", f"udp {w.PUBLIC} {w.ECHO}")
+    found = _probe(server, vm, f"tcp {w.PUBLIC} {w.ECHO}", f"udp {w.PUBLIC} {w.ECHO}", patience=ANSWERS)
     assert set(found.values()) == {"open"}, found
 
 
 def test_a_name_that_is_not_there_is_told_at_once(server: Server, vm: str) -> None:
-    done = server.cli("exec", vm, "--", "getent", "hosts", "no-such-name.public-place.net")
-    # A resolver that hears nothing asks again after 5 s, and then again.
-    assert done.code == 2 and done.seconds < within(9), done
+    # A resolver that hears nothing asks again after so long, and then again; 30 s is the longest that it takes.
+    done = server.cli("exec", "-e", "RES_OPTIONS=timeout:30", vm, "--", "getent", "hosts", "no-such-name.public-place.net")
+    assert done.code == 2 and done.seconds < within(29), done
 
 
 def test_a_megabyte_comes_through_whole(server: Server, vm: str) -> None:
-    done = server.cli.sh(vm, f"curl -sS -m 30 http://{w.PUBLIC}/bytes/8000000 | wc -c").ok()
+    done = server.cli.sh(vm, f"curl -sS -m 60 http://{w.PUBLIC}/bytes/8000000 | wc -c").ok()
     assert done.text.strip() == "8000000"
 
 
@@ -123,7 +128,7 @@ def test_nobody_outside_reaches_a_guest(server: Server, world: World, vm: str) -
     assert world.get(f"http://{w.HOST_PUBLIC}/", netns=world.internet)
     world.run("ip", "route", "add", f"{address}/32", "via", w.HOST_PUBLIC, netns=world.internet)
     try:
-        assert world.get(f"http://{address}/", netns=world.internet) == ""
+        assert world.get(f"http://{address}/", netns=world.internet, patience=3) == ""
     finally:
         world.run("ip", "route", "del", f"{address}/32", netns=world.internet)
 
@@ -137,20 +142,21 @@ def test_a_slot_is_silent_without_its_elements(server: Server, world: World, vm:
     assert server.cli.sh(vm, "echo still here").ok().text == "still here\n"
     server.stop()
     server.start()
-    assert _probe(server, vm, f"tcp {w.PUBLIC} {w.ECHO}") == {f"tcp {w.PUBLIC} {w.ECHO}": "open"}
+    assert _probe(server, vm, f"tcp {w.PUBLIC} {w.ECHO}", patience=ANSWERS) == {f"tcp {w.PUBLIC} {w.ECHO}": "open"}
 
 
 def test_names_are_resolved_while_no_server_runs(server: Server, world: World, vm: str) -> None:
     """The resolver survives the daemon."""
-    script = f"sleep 3; getent ahostsv4 {w.PUBLIC_NAME} | head -n 1"
+    script = f"echo up; sleep 3; getent ahostsv4 {w.PUBLIC_NAME} | head -n 1"
     process = server.cli.start("exec", vm, "--", "sh", "-c", script)
-    server.cli.sh(vm, "true").ok()
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
     server.kill9()
     try:
         time.sleep(5)
     finally:
         server.start()
-    out, errors = process.communicate(timeout=within(30))
+    out, errors = process.communicate(timeout=within(60))
     assert out.decode().split()[:1] == [w.PUBLIC], errors
 
 

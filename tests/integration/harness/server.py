@@ -1,6 +1,7 @@
 """One clawpot-server in the world's host."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -143,7 +144,7 @@ class Server:
         words = [str(word) for word in self.options]
         return int(words[words.index("--warm-slots") + 1]) if "--warm-slots" in words else WARM_SLOTS
 
-    def settle(self, before: Counter[str], seconds: float = 30) -> Counter[str]:
+    def settle(self, before: Counter[str], seconds: float = 60) -> Counter[str]:
         """What there is beyond `before`, once that is nothing or time is up: the end of a netns takes the kernel a moment."""
         deadline = time.monotonic() + within(seconds)
         while (left := self.traces.now() - before) and time.monotonic() < deadline:
@@ -153,8 +154,7 @@ class Server:
     def vmm_pids(self, vm_id: str) -> list[int]:
         """Processes in the VM's cgroup. KVM may have put a thread of the kernel's there, which has no command line."""
         groups = [path for path in self.traces.cgroups() if vm_id in str(path) and (path / "cgroup.events").exists()]
-        pids = [int(line) for path in groups for line in (path / "cgroup.procs").read_text().split()]
-        return [pid for pid in pids if _command_line(pid)]
+        return [pid for path in groups for pid in _members(path) if _command_line(pid)]
 
     def close(self) -> list[str]:
         """Deletes every VM, ends the server, and sweeps. Returns what had to be swept away by force."""
@@ -216,6 +216,16 @@ class Server:
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 if claim.is_file() and str(self.state_dir) in claim.read_text(encoding="utf-8"):
                     claim.unlink()
+
+
+def _members(group: Path) -> list[int]:
+    try:
+        return [int(line) for line in (group / "cgroup.procs").read_text().split()]
+    except OSError as error:
+        # The server takes the group away while it is looked at: before it was opened, or when it was open.
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+        return []
 
 
 def _command_line(pid: int) -> bytes:

@@ -21,7 +21,7 @@ def within(seconds: float) -> float:
     return seconds * SLOWNESS
 
 
-def run(*argv: object, check: bool = True, stdin: str | None = None, seconds: float = 60) -> str:
+def run(*argv: object, check: bool = True, stdin: str | None = None, seconds: float = 120) -> str:
     """A tool's stdout; what it said on stderr is in the error."""
     words = [str(word) for word in argv]
     done = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=within(seconds), check=False)
@@ -30,7 +30,7 @@ def run(*argv: object, check: bool = True, stdin: str | None = None, seconds: fl
     return done.stdout
 
 
-def until(look: Callable[[], T | None], seconds: float = 30, what: str = "it", every: float = 0.05) -> T:
+def until(look: Callable[[], T | None], seconds: float = 60, what: str = "it", every: float = 0.05) -> T:
     """The first true value that `look` gives."""
     deadline = time.monotonic() + within(seconds)
     while True:

@@ -31,7 +31,8 @@ def name_servers() -> list[str]:
     lines = Path("/etc/resolv.conf").read_text(encoding="utf-8").splitlines()
     words = [line.split() for line in lines]
     found = [parts[1] for parts in words if len(parts) > 1 and parts[0] == "nameserver" and ":" not in parts[1]]
-    return found or ["127.0.0.1"]
+    # One that is there twice can be listened on once.
+    return list(dict.fromkeys(found)) or ["127.0.0.1"]
 
 
 class World:
@@ -57,10 +58,10 @@ class World:
     def run(self, *argv: object, netns: str | None = None, check: bool = True, stdin: str | None = None) -> str:
         return run(*self.enter(netns), *argv, check=check, stdin=stdin)
 
-    def get(self, url: str, netns: str | None = None) -> str:
-        """What a web server answers there; nothing when it does not within 3 s."""
-        script = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=3).read().decode(), end='')"
-        return self.run(sys.executable, "-c", script, url, netns=netns, check=False)
+    def get(self, url: str, netns: str | None = None, patience: float = 30) -> str:
+        """What a web server answers there; nothing when it does not within `patience` seconds."""
+        script = f"import urllib.request as u; print(u.urlopen('{url}', timeout={patience}).read().decode(), end='')"
+        return self.run(sys.executable, "-c", script, netns=netns, check=False)
 
     def _wire(self) -> None:
         host, internet = self.host, self.internet
