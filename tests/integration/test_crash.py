@@ -61,24 +61,28 @@ def test_a_running_exec_misses_nothing(server: Server, vm: str) -> None:
 @pytest.mark.firecracker
 def test_standard_input_survives_it(server: Server, vm: str) -> None:
     """Some of it had been sent, some acknowledged, some neither: each byte arrives once."""
-    process = server.cli.start("exec", vm, "--", "sha256sum", stdin=-1)
+    process = server.cli.start("exec", vm, "--", "sh", "-c", "echo ready; exec sha256sum", stdin=-1)
     assert process.stdin is not None and process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
     data = os.urandom(1 << 20) * 12
+    sent = 0
 
     def feed() -> None:
+        nonlocal sent
         assert process.stdin is not None
         for at in range(0, len(data), 1 << 18):
             process.stdin.write(data[at : at + (1 << 18)])
+            sent = at
             time.sleep(0.05)
         process.stdin.close()
 
     feeder = threading.Thread(target=feed)
     feeder.start()
-    time.sleep(0.8)
+    until(lambda: sent > 2 << 20, what="some of it on its way")
     server.kill9()
     time.sleep(0.3)
     server.start()
-    feeder.join(within(60))
+    feeder.join(within(120))
     out = process.stdout.read()
     assert process.wait(within(60)) == 0
     assert out.split()[0].decode() == hashlib.sha256(data).hexdigest()
@@ -91,7 +95,7 @@ def test_an_exec_that_ended_meanwhile_is_told(server: Server, vm: str) -> None:
     server.kill9()
     time.sleep(2.5)
     server.start()
-    out, errors = process.communicate(timeout=within(30))
+    out, errors = process.communicate(timeout=within(60))
     assert (out, process.returncode) == (b"done\n", 9), errors
 
 

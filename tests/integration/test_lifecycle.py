@@ -62,11 +62,24 @@ def test_stop_and_start_keep_the_disk(server: Server, sibling: str) -> None:
     assert {"preparing", "booting"} <= timings and any(name.startswith("booting.") for name in timings)
 
 
+def _attached(server: Server, vm: str, script: str) -> subprocess.Popen[bytes]:
+    """A command that has begun in the guest."""
+    process = server.cli.start("exec", vm, "--", "sh", "-c", f"echo up; {script}")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    return process
+
+
+#: Less than a minute, which is how long the server waits for a guest that it asks to end, seconds.
+AT_ONCE = 45
+
+
 @pytest.mark.firecracker
 def test_a_killed_vmm_is_noticed_and_told(server: Server, sibling: str) -> None:
-    server.cli.sh(sibling, "echo the last words > /dev/console; sleep 0.5").ok()
+    server.cli.sh(sibling, "echo the last words > /dev/console").ok()
+    until(lambda: "the last words" in server.cli("logs", sibling).ok().text, what="them on the console")
     vm_id = server.cli.inspect(sibling)["id"]
-    running = server.cli.start("exec", sibling, "--", "sleep", "100")
+    running = _attached(server, sibling, "exec sleep 1000")
     for pid in server.vmm_pids(vm_id):
         os.kill(pid, signal.SIGKILL)
     server.cli("wait", "--for", "failed", "--timeout", f"{within(60):.0f}s", sibling).ok()
@@ -78,7 +91,7 @@ def test_a_killed_vmm_is_noticed_and_told(server: Server, sibling: str) -> None:
     kinds = [event["message"] for event in server.cli("events", "-o", "json", sibling).ok().lines]
     assert any("running → failed" in message for message in kinds), kinds
     # Who was attached is told, and is not left waiting.
-    errors = running.communicate(timeout=within(30))[1].decode()
+    errors = running.communicate(timeout=within(60))[1].decode()
     assert running.returncode == 125 and "failed" in errors, f"exit {running.returncode}: {errors}"
     server.cli("exec", sibling, "--", "true").fails(125, "failed")
     server.cli("start", sibling).ok()
@@ -103,7 +116,7 @@ def test_create_twice_with_one_request_id_is_one_vm(server: Server) -> None:
         assert "another body" in refused.value.details()
     # A delete wins while it boots, at once.
     gone = server.cli("rm", "twice").ok()
-    assert gone.seconds < within(12)
+    assert gone.seconds < within(AT_ONCE)
 
 
 def test_prefixes_labels_and_pages(server: Server, vm: str, sibling: str) -> None:
@@ -123,7 +136,9 @@ def test_prefixes_labels_and_pages(server: Server, vm: str, sibling: str) -> Non
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_rm_is_enforced_by_the_server_when_the_client_is_killed(server: Server) -> None:
+def test_rm_is_enforced_by_the_server_when_the_client_is_killed(make_server: Callable[..., Server]) -> None:
+    # 10 s instead of a minute, which is much longer than a client may take from its VM's boot to its command.
+    server = make_server("abandoned", "--warm-slots", "0", "--abandoned-secs", round(within(10))).start()
     before = server.steady()
     process = server.cli.start("run", "--rm", "--name", "orphan", "debian", "--", "sh", "-c", "echo up; sleep 1000")
     try:
@@ -132,7 +147,6 @@ def test_rm_is_enforced_by_the_server_when_the_client_is_killed(server: Server) 
     finally:
         process.kill()
         process.wait()
-    # `--abandoned-secs 3`.
     until(lambda: "orphan" not in [vm["name"] for vm in server.cli.ls()], seconds=60, what="the VM's end")
     assert not server.settle(before)
 
@@ -192,12 +206,18 @@ def test_a_kernel_that_is_none(broken: Callable[..., tuple[Server, Path]]) -> No
 
 
 def test_a_guest_that_never_says_hello(broken: Callable[..., tuple[Server, Path]]) -> None:
-    server, store = broken("silent", "--boot-timeout-secs", "8")
+    server, store = broken("silent")
     images.set_boot_file(store, "initramfs", images.cpio({"init": images.silent_init(b"nobody home\n")}))
-    server.start()
-    failure = _fails_to_boot(server.cli, "did not answer within 8 s")
-    tail = failure["console_tail"]
-    assert isinstance(tail, list) and any("nobody home" in line for line in tail), tail
+    # On a busy machine a kernel may need more than that until it comes to its init.
+    for limit in (8, 80):
+        server.start("--boot-timeout-secs", limit)
+        failure = _fails_to_boot(server.cli, f"did not answer within {limit} s")
+        said = str(failure["console_tail"])
+        if "nobody home" in said:
+            break
+        server.cli("rm", "broken").ok()
+        server.stop()
+    assert "nobody home" in said, said
 
 
 @pytest.mark.parametrize("what", ["kernel", "initramfs"])
@@ -238,7 +258,7 @@ def test_console_follows(server: Server, vm: str) -> None:
 
 def test_stopping_ends_what_runs(server: Server, sibling: str) -> None:
     """Whoever is attached hears how his command ended; one that hears nothing is killed within the grace."""
-    gentle = server.cli.start("exec", sibling, "--", "sleep", "100")
+    gentle = _attached(server, sibling, "exec sleep 1000")
     deaf = server.cli.start("exec", sibling, "--", "sh", "-c", "trap '' TERM; echo deaf; while :; do sleep 1; done")
     assert deaf.stdout is not None
     assert deaf.stdout.readline() == b"deaf\n"
@@ -246,9 +266,10 @@ def test_stopping_ends_what_runs(server: Server, sibling: str) -> None:
     follower = server.cli.start("events", "-f", "-o", "json", sibling, stderr=subprocess.DEVNULL)
     assert follower.stdout is not None
     assert [json.loads(follower.stdout.readline())["id"] for _ in told] == [event["id"] for event in told]
-    stopped = server.cli("stop", "--grace", "4s", sibling).ok()
-    # Its own grace, not the usual one of 10 s.
-    assert stopped.seconds < within(9)
+    # Half of it is the guest's for its processes, the other half for its own end.
+    stopped = server.cli("stop", "--grace", "12s", sibling).ok()
+    # Its own grace, not the server's usual one.
+    assert stopped.seconds < within(AT_ONCE)
     # Why it ended is of the same change as the phase it came to, and has the same id: a follower is told both.
     while not told[-1]["message"].endswith("→ stopped"):
         told.append(json.loads(follower.stdout.readline()))
@@ -262,10 +283,8 @@ def test_stopping_ends_what_runs(server: Server, sibling: str) -> None:
 
 
 def test_deleting_ends_what_runs(server: Server, sibling: str) -> None:
-    running = server.cli.start("exec", sibling, "--", "sh", "-c", "echo up; sleep 100")
-    assert running.stdout is not None
-    assert running.stdout.readline() == b"up\n"
-    assert server.cli("rm", sibling).ok().seconds < within(9)
+    running = _attached(server, sibling, "sleep 1000")
+    assert server.cli("rm", sibling).ok().seconds < within(AT_ONCE)
     errors = running.communicate(timeout=within(60))[1].decode()
     assert running.returncode == 125 and "deleted" in errors, errors
 
@@ -275,11 +294,11 @@ def test_a_vmm_that_does_not_react(server: Server, sibling: str) -> None:
     """Stopped by a signal, it hears nothing: stop waits for its grace, delete for nothing."""
     (pid,) = server.vmm_pids(server.cli.inspect(sibling)["id"])
     os.kill(pid, signal.SIGSTOP)
-    assert 1 < server.cli("stop", "--grace", "2s", sibling).ok().seconds < within(9)
+    assert 1 < server.cli("stop", "--grace", "2s", sibling).ok().seconds < within(AT_ONCE)
     server.cli("start", sibling).ok()
     (pid,) = server.vmm_pids(server.cli.inspect(sibling)["id"])
     os.kill(pid, signal.SIGSTOP)
-    assert server.cli("rm", sibling).ok().seconds < within(9)
+    assert server.cli("rm", sibling).ok().seconds < within(AT_ONCE)
 
 
 @pytest.mark.firecracker
@@ -293,16 +312,23 @@ def test_a_guest_that_goes_down_by_itself(server: Server, sibling: str, told: st
     vm = server.cli.inspect(sibling)
     assert vm["last_exit"]["reason"] == "powered-off" and vm["last_exit"]["by"] == "guest", vm
     assert not server.vmm_pids(vm["id"])
-    asked.communicate(timeout=within(30))
+    asked.communicate(timeout=within(60))
     assert asked.returncode == 125
     server.cli("start", sibling).ok()
     assert server.cli.sh(sibling, "echo back").ok().text == "back\n"
 
 
+def _heeds(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    (caught,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:")]
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 def test_interrupted_while_it_boots(server: Server) -> None:
     before = server.steady()
-    process = server.cli.start("run", "--rm", "--name", "early", "debian", "--", "true")
+    process = server.cli.start("run", "--rm", "--name", "early", "debian", "--", "sleep", "1000")
     until(lambda: [vm for vm in server.cli.ls() if vm["name"] == "early"], what="the VM")
+    until(lambda: _heeds(process.pid, signal.SIGINT), what="the client to have heard of it")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=within(60))
     assert process.returncode == 130
