@@ -17,9 +17,10 @@ apt_get() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Ti
 
 apt_update() { apt_get -q update; }
 
-# Whether apt has lists to choose from (a container image is delivered without).
+# Whether apt has lists to choose from (a container image is delivered without). Read to the end: a reader that is done early would
+# end ls by SIGPIPE, and what is there would be told as missing.
 # shellcheck disable=SC2016 # apt's placeholder, not the shell's
-apt_has_lists() { apt-get indextargets --format '$(FILENAME)' 'Created-By: Packages' 2>/dev/null | xargs -r ls -- 2>/dev/null | grep -q .; }
+apt_has_lists() { apt-get indextargets --format '$(FILENAME)' 'Created-By: Packages' 2>/dev/null | xargs -r ls -- 2>/dev/null | awk 'END { exit !NR }'; }
 
 missing_packages() {
   local need thing
