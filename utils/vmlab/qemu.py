@@ -16,8 +16,8 @@ from . import host
 from .accel import Accel
 from .errors import LabError
 
-#: What clawpot-vm-ready prints when sshd answers.
-MARKER = re.compile(rb"clawpot-vm: ready golden=(\S+) kvm=(\S+) uptime=(\S+) hostkey=(\S+)")
+#: What clawpot-vm-ready prints when sshd answers. To the line's end: it comes a few bytes at a time, and half a key is no key.
+MARKER = re.compile(rb"clawpot-vm: ready golden=(\S+) kvm=(\S+) uptime=(\S+) hostkey=(\S+)[\r\n]")
 #: From QEMU's start to the marker, seconds. Emulated, an idle machine takes 30; a loaded one has been seen to take 100.
 BOOT_SECONDS = {"kvm": 120.0, "tcg": 480.0}
 #: Until QEMU has set up its machine and gone into the background.
