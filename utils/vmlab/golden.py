@@ -139,8 +139,9 @@ def verify(recipe: Recipe, scratch: Path, state: Path, say: Say) -> None:
     memory = min(recipe.profile.memory_mib, 1024)
     host.need_memory(memory, "booting the golden image")
     spec = qemu.Spec(guest_name(scratch), boot, scratch, boot / "disk.qcow2", how.default_cpus(), memory, how, offline=True)
-    process = qemu.spawn(spec)
+    process: qemu.Process | None = None
     try:
+        process = qemu.spawn(spec)
         with told(say, f"first boot under {how.name.upper()}"):
             try:
                 ready = qemu.wait_ready(spec, process)
@@ -154,7 +155,9 @@ def verify(recipe: Recipe, scratch: Path, state: Path, say: Say) -> None:
         if how.nested and not ready.kvm:
             say("  warning: no /dev/kvm inside")
     finally:
-        process.kill()
+        # A signal may have come as it was up, and not yet known here.
+        if left := process or qemu.from_pid_file(boot, spec.name):
+            left.kill()
     shutil.rmtree(boot)
 
 

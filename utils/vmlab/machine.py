@@ -142,15 +142,18 @@ class Machine:
             if self.record.cpus == 0:
                 self.record.cpus = how.default_cpus()
             begun = time.monotonic()
-            spec, process = self._spawn(how)
-            say(f"booting under {how.words}")
+            process: qemu.Process | None = None
             try:
+                spec, process = self._spawn(how)
+                say(f"booting under {how.words}")
                 ready = qemu.wait_ready(spec, process)
                 (self.directory / "known_hosts").write_text(f"{self.name} {ready.host_key}\n")
                 host.give_to_caller(*self.directory.iterdir())
                 ssh.wait(self)
             except BaseException:
-                process.kill()
+                # A signal may have come as it was up, and not yet known here.
+                if left := process or self.process():
+                    left.kill()
                 raise
             self.record.kvm_inside = ready.kvm
             self.record.ready_seconds = round(time.monotonic() - begun, 1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from . import host
 from .accel import Accel
 from .errors import LabError
+from .recipe import script_library
 
 #: What clawpot-vm-ready prints when sshd answers. To the line's end: it comes a few bytes at a time, and half a key is no key.
 MARKER = re.compile(rb"clawpot-vm: ready golden=(\S+) kvm=(\S+) uptime=(\S+) hostkey=(\S+)[\r\n]")
@@ -24,6 +25,8 @@ BOOT_SECONDS = {"kvm": 120.0, "tcg": 480.0}
 START_SECONDS = 60.0
 #: QEMU of a VM that has been told to quit has only files to close.
 QUIT_SECONDS = 10.0
+#: One that was killed has its memory to give back, and writes under way to wait for.
+KILL_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ class PortTaken(LabError):
 
 def spawn(spec: Spec) -> "Process":
     """QEMU in the background; an error with its own words when it does not start."""
+    script_library()
+    from signals import held
+
     if len(str(spec.directory / "qmp")) > 100:
         raise LabError(f"{spec.directory}: too long a path for a socket", "set CLAWPOT_VM_DIR to a shorter one")
     if spec.console.exists():
@@ -94,12 +100,15 @@ def spawn(spec: Spec) -> "Process":
     command = spec.command()
     command[0] = host.tool(command[0]) or command[0]
     with (spec.directory / "qemu.log").open("wb") as log:
-        # The daemon keeps this as its standard error: no pipe that a caller would wait on.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        process: subprocess.Popen[bytes] | None = None
         try:
+            with held():
+                # The daemon keeps this as its standard error: no pipe that a caller would wait on.
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
             code = process.wait(START_SECONDS)
         except BaseException as why:
-            abandon(spec, process)
+            if process is not None:
+                abandon(spec, process)
             if isinstance(why, subprocess.TimeoutExpired):
                 raise LabError(f"QEMU did not start within {START_SECONDS:g} s", f"see {log.name}") from None
             raise
@@ -189,14 +198,18 @@ class Process:
             return
         try:
             if self.alive():
-                # Another user's stays; the caller looks again and says so.
-                with contextlib.suppress(ProcessLookupError, PermissionError):
+                try:
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+                except PermissionError:
+                    # Another user's stays; the caller looks again and says so.
+                    return
             elif self._words():
                 return
         finally:
             os.close(handle)
-        self.wait(QUIT_SECONDS)
+        self.wait(KILL_SECONDS)
 
 
 def from_pid_file(directory: Path, name: str) -> Process | None:
