@@ -22,7 +22,7 @@ REPO = host.REPO
 HERE = Path(__file__).parent
 
 
-def shell(*words: object, seconds: float = 900, **env: object) -> subprocess.CompletedProcess[str]:
+def shell(*words: object, seconds: float = 1400, **env: object) -> subprocess.CompletedProcess[str]:
     command = [str(word) for word in words]
     full = {**os.environ, **{name: str(value) for name, value in env.items()}}
     return subprocess.run(
