@@ -36,7 +36,7 @@ pub(super) const PRIVATE: [Ipv4Addr; 4] = [
 pub(super) const PORT: u16 = 7;
 
 /// What does not answer by then is silent.
-const PATIENCE: Duration = Duration::from_millis(300);
+pub(super) const PATIENCE: Duration = Duration::from_millis(300);
 /// And so long it is asked again where it is to answer: far more than that ever takes.
 pub(super) const LONG: Duration = Duration::from_secs(30);
 
@@ -299,7 +299,7 @@ impl Drop for Guest {
     }
 }
 
-fn again<T>(ask: impl Fn() -> Option<T>) -> Option<T> {
+pub(super) fn again<T>(ask: impl Fn() -> Option<T>) -> Option<T> {
     let begun = Instant::now();
     std::iter::repeat_with(ask)
         .take_while(|answer| answer.is_some() || begun.elapsed() < LONG)
