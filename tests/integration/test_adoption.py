@@ -16,7 +16,7 @@ import pytest
 
 from conftest import LIVING
 from harness.server import ASSETS, Server
-from harness.tools import run, until, within
+from harness.tools import run, until
 
 #: A store as server 0.1 wrote it: tables of version 2, records of version 1. Never edit it.
 OLD_STORE = Path(__file__).with_name("fixtures") / "store-2-records-1.sql"
@@ -54,10 +54,14 @@ def test_a_store_of_an_older_server(make_server: Callable[..., Server]) -> None:
     store.close()
     server.start()
     before = server.traces.now()
-    until(lambda: not [vm for vm in server.cli.ls() if vm["phase"] == "running"], what="the VM of a boot that is over")
-    phases = {vm["name"]: vm["phase"] for vm in server.cli.ls()}
-    # The host was booted since: what ran then is at rest.
-    assert phases == {"runs": "stopped", "rests": "stopped", "broke": "failed"}
+
+    def rested() -> bool:
+        phases = {vm["name"]: vm["phase"] for vm in server.cli.ls()}
+        assert phases.keys() == {"runs", "rests", "broke"} and phases["broke"] == "failed", phases
+        return phases["runs"] == phases["rests"] == "stopped"
+
+    # The host was booted since: what ran then comes to rest.
+    until(rested, what="the rest of the VM of a boot that is over")
     assert server.cli.inspect("runs")["labels"] == {"team": "blue"}
     assert "generation 2" in server.cli("events", "-o", "json").ok().text
     # Its disk is not here; that is said, and no empty one is given to it.
@@ -99,12 +103,18 @@ def quick(session_server: Callable[..., Server]) -> Server:
     return found[0] if found else session_server("quick", "--vmm", "qemu", "--warm-slots", "0").start()
 
 
+def _started(server: Server, vm_id: str) -> Path:
+    """Who the VM's machine is, once that is written down; a process of it there may be before that."""
+    return until(lambda: next(server.state_dir.glob(f"jail/*/{vm_id}-*/process.json"), None), what="its machine")
+
+
 def _dies_unseen(server: Server) -> tuple[str, Path]:
     """A VM; the server is killed, then the VM's process. Its id, and its `process.json`."""
     server.cli("create", "--name", "unseen", "debian").ok()
     vm_id = server.cli.inspect("unseen")["id"]
-    path = until(lambda: next(server.state_dir.glob(f"jail/*/{vm_id}-*/process.json"), None), seconds=30, what="its machine")
+    path = _started(server, vm_id)
     pids = server.vmm_pids(vm_id)
+    assert pids, "it has ended by itself"
     server.kill9()
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -181,13 +191,13 @@ def test_a_vmm_moved_out_of_its_cgroup(server: Server, vm: str) -> None:
         _move(pids, _top(group))
         if restarted:
             server.start()
-        until(lambda: server.cli.inspect(vm)["phase"] == "quarantined", seconds=20, what="its quarantine")
+        until(lambda: server.cli.inspect(vm)["phase"] == "quarantined", what="its quarantine")
         failure = server.cli.inspect(vm)["failure"]
         assert str(pids[0]) in failure["message"] and "not in its cgroup" in failure["message"], failure
         server.cli("rm", vm).fails(1, "not in its cgroup")
         assert all(Path(f"/proc/{pid}/exe").exists() for pid in pids)
         _move(pids, group)
-        until(lambda: server.cli.inspect(vm)["phase"] == "running", seconds=20, what="its release")
+        until(lambda: server.cli.inspect(vm)["phase"] == "running", what="its release")
         assert server.cli.sh(vm, "cat /proc/sys/kernel/random/boot_id").ok().text == boot
     assert server.cli.inspect(vm)["incarnation"] == 1
 
@@ -195,10 +205,12 @@ def test_a_vmm_moved_out_of_its_cgroup(server: Server, vm: str) -> None:
 def test_a_moved_vmm_is_ended_by_force(quick: Server) -> None:
     quick.cli("create", "--name", "moved", "debian").ok()
     vm_id = quick.cli.inspect("moved")["id"]
-    pids = until(lambda: quick.vmm_pids(vm_id), seconds=30, what="its machine")
+    _started(quick, vm_id)
+    pids = quick.vmm_pids(vm_id)
+    assert pids, "it has ended by itself"
     (group,) = _groups(quick, vm_id)
     _move(pids, _top(group))
-    until(lambda: quick.cli.inspect("moved")["phase"] == "quarantined", seconds=20, what="its quarantine")
+    until(lambda: quick.cli.inspect("moved")["phase"] == "quarantined", what="its quarantine")
     quick.cli("rm", "--force", "moved").ok()
     until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), what="the end of the VMM")
     assert not [thing for thing in quick.traces.now() if vm_id in thing]
@@ -316,7 +328,7 @@ def _removed(group: Path) -> bool:
 def test_strays_are_reaped_and_strangers_are_not(server: Server, vm: str, make_server: Callable[..., Server]) -> None:
     """A store older than a VM: its machine and its slot go after the grace time, its disk stays, nobody else's is touched."""
     del vm
-    mine = make_server("strays", "--vmm", "qemu", "--warm-slots", "0", "--stray-grace-secs", round(within(10))).start()
+    mine = make_server("strays", "--vmm", "qemu", "--warm-slots", "0").start()
     strangers = _Strangers(mine, server)
     try:
         strangers.make()
@@ -331,17 +343,20 @@ def test_strays_are_reaped_and_strangers_are_not(server: Server, vm: str, make_s
         for old in mine.state_dir.glob("state.db*"):
             old.unlink()
         shutil.move(backup, mine.state_dir / "state.db")
-        mine.start()
+        # For as long as this takes.
+        mine.start("--stray-grace-secs", "3600")
         assert mine.cli.ls() == []
         # It was the wrong backup, and the server goes again: what the machine needs stays, as that of one with a record does.
         needed = {thing for thing in mine.traces.now() if thing.startswith(("process", "netns", "nft"))}
         assert mine.stop() == 0, mine.tail()
         assert mine.vmm_pids(vm_id), "it was ended within the grace time"
         assert needed <= set(mine.traces.now()), needed - set(mine.traces.now())
-        mine.start()
+        mine.start("--stray-grace-secs", "3600")
         # Its slot is given to nobody meanwhile.
         mine.cli("create", "--name", "next", "debian").ok()
         assert mine.vmm_pids(vm_id), "it was ended within the grace time"
+        mine.kill9()
+        mine.start("--stray-grace-secs", "1")
         until(lambda: not mine.vmm_pids(vm_id), seconds=60, what="the stray machine's end")
         until(lambda: len(strangers.slots_of_mine()) == 1, seconds=60, what="the stray slot's end")
         mine.cli("rm", "next").ok()
@@ -354,6 +369,8 @@ def test_strays_are_reaped_and_strangers_are_not(server: Server, vm: str, make_s
         mine.stop()
         mine.start()
         mine.stop()
+        # What another server does in the background comes and goes.
+        until(lambda: strangers.seen()["other"] == before["other"], what="the other server at rest")
         assert strangers.seen() == before
     finally:
         strangers.remove()

@@ -73,7 +73,7 @@ class Cli:
         return {**kept, "CLAWPOT_SOCKET": str(self.socket), "NO_COLOR": "1"}
 
     def __call__(
-        self, *argv: object, stdin: bytes | IO[bytes] | None = None, timeout: float = 90, env: dict[str, str] | None = None
+        self, *argv: object, stdin: bytes | IO[bytes] | None = None, timeout: float = 150, env: dict[str, str] | None = None
     ) -> Result:
         words = [str(self.binary), *map(str, argv)]
         given = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin or subprocess.DEVNULL}
@@ -95,6 +95,6 @@ class Cli:
     def ls(self) -> list[dict[str, Any]]:
         return self("ls", "-o", "json").ok().json
 
-    def sh(self, vm: str, script: str, *options: object, timeout: float = 90) -> Result:
+    def sh(self, vm: str, script: str, *options: object, timeout: float = 150) -> Result:
         """A shell script in the guest."""
         return self("exec", *options, vm, "--", "sh", "-c", script, timeout=timeout)

@@ -45,7 +45,7 @@ class Rude:
 
     def __init__(self, path: Path, preface: bool = True) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(30)
+        self.socket.settimeout(60)
         self.socket.connect(str(path))
         if preface:
             self.socket.sendall(PREFACE + frame(SETTINGS, 0, 0))
