@@ -44,13 +44,13 @@ def nothing_left(server: Server) -> None:
     assert list((server.state_dir / "disks").glob("*.ext4")) == []
 
 
-def build(server: Server, flake: Path, attr: str = "", *more: object, timeout: float = 180):
+def build(server: Server, flake: Path, attr: str = "", *more: object, timeout: float = 300):
     target = f"path:{flake}#{attr}" if attr else f"path:{flake}"
-    return server.cli("build", target, *more, timeout=within(timeout))
+    return server.cli("build", target, *more, timeout=timeout)
 
 
 @pytest.mark.firecracker
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(within(700))
 def test_a_flake_becomes_an_image_that_boots(here: Server, flake: Path) -> None:
     before = here.steady()
     built = build(here, flake, "", "--tag", "machine", "--memory", "768").ok()
@@ -84,13 +84,13 @@ def test_a_flake_becomes_an_image_that_boots(here: Server, flake: Path) -> None:
     assert ran.text.splitlines() == ["built by a flake", revision["kernel_release"]]
 
     # The same again needs no VM, under this name and under another; and another name is not taken from what it means.
-    again = build(here, flake, "", "--tag", "again", "-o", "json", timeout=30).ok()
+    again = build(here, flake, "", "--tag", "again", "-o", "json", timeout=90).ok()
     assert again.json["cached"] and again.json["digest"] == image["digest"] and "nothing ran" in again.stderr
-    assert build(here, flake, "", "--tag", "machine", timeout=30).ok().text == "machine\n"
+    assert build(here, flake, "", "--tag", "machine", timeout=90).ok().text == "machine\n"
     told = [event for event in here.cli("events", "-o", "json").ok().lines if event["kind"] == "image.build"]
     assert told[1]["message"] == f"again: {image['digest']}, as built before" and told[1]["actor"] == "uid=0"
-    build(here, flake, "", "--tag", "debian", timeout=30).fails(1, "debian", "means", "--replace")
-    build(here, flake, "fails", "--tag", "machine", timeout=30).fails(1, "machine", "means", "--replace")
+    build(here, flake, "", "--tag", "debian", timeout=90).fails(1, "debian", "means", "--replace")
+    build(here, flake, "fails", "--tag", "machine", timeout=90).fails(1, "machine", "means", "--replace")
     nothing_left(here)
     assert not here.settle(before)
 
@@ -105,7 +105,7 @@ BAD = {
 }
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(within(400))
 @pytest.mark.parametrize("case", BAD)
 def test_what_goes_wrong_is_told_and_nothing_is_left(here: Server, flake: Path, case: str) -> None:
     attr, more, words = BAD[case]
@@ -123,11 +123,11 @@ def test_what_goes_wrong_is_told_and_nothing_is_left(here: Server, flake: Path, 
     here.cli("image", "inspect", "bad").fails(1)
 
 
-@pytest.mark.timeout(within(400))
+@pytest.mark.timeout(within(500))
 def test_a_build_that_never_ends_is_ended(here: Server) -> None:
     # On a busy machine nix may need more than that until it builds.
     for limit in (20, 120):
-        done = build(here, FLAKE, "never-ends", "--tag", "bad", "--memory", "512", "--timeout", f"{limit}s", timeout=180)
+        done = build(here, FLAKE, "never-ends", "--tag", "bad", "--memory", "512", "--timeout", f"{limit}s", timeout=250)
         if "now it waits" in done.stderr:
             break
     done.fails(1, "now it waits", f"took longer than {limit} s")
@@ -135,7 +135,7 @@ def test_a_build_that_never_ends_is_ended(here: Server) -> None:
     here.cli("image", "inspect", "bad").fails(1)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(within(400))
 def test_a_build_that_prints_without_end_costs_no_memory(here: Server) -> None:
     def memory() -> int:
         lines = Path(f"/proc/{here.pid}/status").read_text().splitlines()
@@ -148,7 +148,9 @@ def test_a_build_that_prints_without_end_costs_no_memory(here: Server) -> None:
     # It comes to its end, and its result is no kernel.
     printed.fails(1, "x" * 1000, "kernel")
     # KiB. It prints 100 MB, of which the builder lets 16 MiB through.
-    assert memory() - before < 12 << 10
+    grown = memory() - before
+    print(f"{grown} KiB more at its most")
+    assert grown < 12 << 10
     assert "bytes of output left out here]" in printed.stderr
     nothing_left(here)
 
@@ -170,13 +172,13 @@ def started(server: Server, flake: Path) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=out, env=server.cli.environment())
     until(
         lambda: "now it waits" in log.read_text(errors="replace"),
-        seconds=120,
+        seconds=240,
         what="the build's output",
     )
     return process
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(within(400))
 def test_an_interrupt_ends_the_build_and_its_vm(here: Server) -> None:
     process = started(here, FLAKE)
     vm = here.cli.ls()[0]
@@ -186,13 +188,13 @@ def test_an_interrupt_ends_the_build_and_its_vm(here: Server) -> None:
     until(lambda: here.cli.ls() == [], seconds=60, what="the end of the build's VM")
     until(
         lambda: not list((here.state_dir / "builds").iterdir()),
-        seconds=30,
+        seconds=60,
         what="the end of its files",
     )
     nothing_left(here)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(within(400))
 def test_a_server_that_dies_leaves_nothing_of_a_build(here: Server) -> None:
     process = started(here, FLAKE)
     assert len(list((here.state_dir / "builds").iterdir())) == 1
@@ -203,7 +205,7 @@ def test_a_server_that_dies_leaves_nothing_of_a_build(here: Server) -> None:
     until(lambda: here.cli.ls() == [], seconds=60, what="the end of the build's VM")
     until(
         lambda: not list((here.state_dir / "builds").iterdir()),
-        seconds=30,
+        seconds=60,
         what="the end of its files",
     )
     nothing_left(here)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from harness.tools import until, within
 REQUIRED = "CLAWPOT_TEST_REQUIRE_TOOLS" in os.environ
 MIB = 1 << 20
 #: The guest's own reading and hashing of some 60 MiB, in an emulator.
-pytestmark = [pytest.mark.timeout(within(400))]
+pytestmark = [pytest.mark.timeout(within(600))]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def _idle(server: Server) -> None:
         with Talk(server, "builder") as talk:
             return "already" not in talk.fails("", flake_ref="path:/nowhere")
 
-    until(nobody, seconds=30, every=0.5, what="the end of the build")
+    until(nobody, every=0.5, what="the end of the build")
 
 
 def _waits(talk: Talk) -> bool:
@@ -135,16 +136,24 @@ def test_a_build_that_prints_without_end_is_bounded(built: Server) -> None:
     assert int(note.strip("[").split()[0]) > 100_000_000 - 17 * MIB
     size = int(built.cli.sh("builder", "stat -c %s /build-out/build.log").ok().text)
     assert size <= 17 * MIB
-    assert memory() - before < 8 * MIB
+    grown = memory() - before
+    print(f"{grown} bytes more at its most")
+    assert grown < 8 * MIB
 
 
 def test_a_build_that_never_ends_is_killed_and_others_are_answered_meanwhile(built: Server) -> None:
     with Talk(built, "builder") as talk, Talk(built, "builder") as other:
         # On a busy machine nix may need more than that until it builds.
-        for limit in (30, 150):
+        for limit in (30, 300):
+            begun = time.monotonic()
             talk.start("never-ends", round(within(limit)))
-            if _waits(talk):
+            # What follows is to come before its end.
+            waits = _waits(talk)
+            if waits and time.monotonic() - begun < within(limit / 2):
                 break
+            if waits:
+                talk.until_answer()
+            _idle(built)
         other.ping()
         talk.ping()
         assert other.fails("default").startswith("a build is already running")

@@ -10,7 +10,7 @@ import pytest
 
 from harness import images, tutorial
 from harness.server import ASSETS, Server
-from harness.tools import within
+from harness.tools import until, within
 
 PAGES = [tutorial.read(path) for path in sorted(tutorial.PAGES.glob("*.md"))]
 #: Set where everything must have been installed (scripts/test does): what is missing there is a failure.
@@ -37,6 +37,8 @@ def test_a_page_does_what_it_says(page: tutorial.Page, make_server: Callable[...
         tutorial.run(page, server, where)
     finally:
         shutil.rmtree(where, ignore_errors=True)
+    # `clawpot run --rm` waits for the end of its VM, but not for ever.
+    until(lambda: not [vm for vm in server.cli.ls() if vm["desired"] == "deleted"], what="the end of what was deleted")
     left = [vm["name"] for vm in server.cli.ls()]
     assert not left, f"the page leaves VMs: {json.dumps(left)}"
 
