@@ -37,7 +37,7 @@ SEED = int(os.environ.get("CLAWPOT_CRASH_SEED", str(int(time.time()))))
 #: What a server that died left half made, and no record knows, goes this much after the next one came up, seconds.
 GRACE = 1
 #: Orders for one point before it is taken for one that is never reached.
-TRIES = 4
+TRIES = 6
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def _has(point: str) -> bool:
     return point not in QEMUS if VMM == "firecracker" else not point.startswith(FIRECRACKERS)
 
 
-@pytest.mark.timeout(within(600))
+@pytest.mark.timeout(within(900))
 def test_every_failpoint(lives: list[Lives]) -> None:
     """Each point once, in whichever verb passes it; one that is never passed is a test that is not made."""
     _die_at_each(lives, {point for point in all_points() if _has(point) and not point.startswith(OTHERS)})
@@ -129,7 +129,7 @@ def _die_at_each(lives: list[Lives], points: set[str]) -> None:
     assert not missing - ELSEWHERE, f"no server died there: {sorted(missing)}"
 
 
-@pytest.mark.timeout(within(180 + 30 * CYCLES))
+@pytest.mark.timeout(within(300 + 60 * CYCLES))
 def test_random_deaths(lives: list[Lives]) -> None:
     """Any point at any hit, of up to four verbs of a life and of the server that comes up after it."""
     left = CYCLES
@@ -210,7 +210,7 @@ def _dies(server: Mortal, point: str, *words: object) -> None:
     server.start()
 
 
-@pytest.mark.timeout(within(120))
+@pytest.mark.timeout(within(300))
 def test_images_of_a_server_that_dies(maker: Mortal, workdir: Path) -> None:
     """At each point of an import; the next server has the image whole or not at all, and an import gives it."""
     points = [point for point in all_points() if point.startswith("library.")]
@@ -224,11 +224,12 @@ def test_images_of_a_server_that_dies(maker: Mortal, workdir: Path) -> None:
         assert there == (point == "library.named"), point
         maker.cli("image", "import", archive, "--name", name).ok()
         maker.cli("image", "inspect", name).ok()
-        assert not [path for path in (maker.image_dir / "cache").iterdir() if path.is_dir()], point
+        cache = maker.image_dir / "cache"
+        until(lambda cache=cache: not [path for path in cache.iterdir() if path.is_dir()], what=f"nothing half made of {point}")
         maker.cli("image", "rm", name).ok()
 
 
-@pytest.mark.timeout(within(120))
+@pytest.mark.timeout(within(300))
 def test_builds_of_a_server_that_dies(maker: Mortal) -> None:
     """Before anything is built: of the build nothing is left, its VM neither. Whatever image the builder is to be of."""
     points = [point for point in all_points() if point.startswith("build.")]
