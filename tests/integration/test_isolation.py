@@ -153,7 +153,8 @@ def _plan(stage: Stage, nonce: str, *, delay: float) -> dict[str, Any]:
     # Without the host's rules nobody answers these.
     allowed = [] if delay else [["tcp", w.PUBLIC, w.ECHO], ["udp", a.GATEWAY, w.DNS], ["tcp", a.GATEWAY, w.DNS]]
     last = [a.GUEST_MAC, a.good(a.dgram(w.PUBLIC, mark(LAST))).hex()]
-    return {"delay": delay, "patience": within(2), "frames": sent, "connects": connects, "open": allowed, "last": last}
+    limits = {"delay": delay, "patience": within(2), "long": within(60)}
+    return {**limits, "frames": sent, "connects": connects, "open": allowed, "last": last}
 
 
 class TooSlowError(Exception):
@@ -315,7 +316,15 @@ def test_nothing_gets_out_when_the_hosts_rules_are_gone(stage: Stage) -> None:
 def test_a_flood_of_arp_is_held_to_its_rate(stage: Stage) -> None:
     """Each question is allowed, and answered at the host's cost."""
     question = [a.GUEST_MAC, a.ARP_QUESTION(stage.place, b"").pop().hex()]
-    plan = {"delay": 0, "patience": 1, "frames": [question] * a.ARP_FLOOD, "connects": [], "open": [], "last": question}
+    plan = {
+        "delay": 0,
+        "patience": 1,
+        "frames": [question] * a.ARP_FLOOD,
+        "connects": [],
+        "open": [],
+        "long": 60,
+        "last": question,
+    }
     before, began = _counters(stage.netns), time.monotonic()
     script = HOSTILE.read_text(encoding="utf-8")
     stdin = json.dumps(plan).encode() + b"\n"

@@ -2,7 +2,7 @@
 
 One JSON object on stdin: {"delay": seconds, "frames": [[MAC of the NIC, frame in hexadecimal] …],
 "connects": [[kind, address, port] …], "patience": seconds after which what is dropped in silence is given up,
-"open": [[kind, address, port] …] that must answer, however long it takes on a busy host,
+"open": [[kind, address, port] …] that must answer, "long": however long it takes on a busy host, seconds,
 "last": the frame that is sent after all else}.
 Says "ready" when it has it, waits, acts, and prints one JSON object: what went wrong, and what came of each connection.
 """
@@ -17,8 +17,6 @@ from pathlib import Path
 
 #: Between frames, seconds: no faster than an emulated NIC takes them.
 PAUSE = 0.002
-#: For what must answer, seconds.
-LONG = 60
 
 
 def nics() -> dict[str, str]:
@@ -70,7 +68,7 @@ def main() -> None:
     plan = json.loads(sys.stdin.readline())
     print("ready", flush=True)
     time.sleep(plan["delay"])
-    connects = [(target, plan["patience"]) for target in plan["connects"]] + [(target, LONG) for target in plan["open"]]
+    connects = [(target, plan["patience"]) for target in plan["connects"]] + [(target, plan["long"]) for target in plan["open"]]
     with ThreadPoolExecutor(max(1, len(connects))) as pool:
         tries = [pool.submit(connect, *one) for one in connects]
         refused = send(plan["frames"])

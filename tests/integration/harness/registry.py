@@ -227,7 +227,7 @@ def _put(blobs: Path, what: dict[str, Any]) -> dict[str, Any]:
 
 
 #: In the world's host nobody else listens, and these are below those that the kernel gives to who connects.
-_PORTS = itertools.count(5000)
+_PORTS = itertools.count(20000)
 
 
 def free_port() -> int:
