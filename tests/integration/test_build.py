@@ -105,7 +105,6 @@ BAD = {
 }
 
 
-@pytest.mark.timeout(within(400))
 @pytest.mark.parametrize("case", BAD)
 def test_what_goes_wrong_is_told_and_nothing_is_left(here: Server, flake: Path, case: str) -> None:
     attr, more, words = BAD[case]
@@ -135,7 +134,6 @@ def test_a_build_that_never_ends_is_ended(here: Server) -> None:
     here.cli("image", "inspect", "bad").fails(1)
 
 
-@pytest.mark.timeout(within(400))
 def test_a_build_that_prints_without_end_costs_no_memory(here: Server) -> None:
     def memory() -> int:
         lines = Path(f"/proc/{here.pid}/status").read_text().splitlines()
@@ -178,7 +176,6 @@ def started(server: Server, flake: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-@pytest.mark.timeout(within(400))
 def test_an_interrupt_ends_the_build_and_its_vm(here: Server) -> None:
     process = started(here, FLAKE)
     vm = here.cli.ls()[0]
@@ -194,7 +191,6 @@ def test_an_interrupt_ends_the_build_and_its_vm(here: Server) -> None:
     nothing_left(here)
 
 
-@pytest.mark.timeout(within(400))
 def test_a_server_that_dies_leaves_nothing_of_a_build(here: Server) -> None:
     process = started(here, FLAKE)
     assert len(list((here.state_dir / "builds").iterdir())) == 1

@@ -87,7 +87,6 @@ def test_every_failpoint(lives: list[Lives]) -> None:
 
 @pytest.mark.firecracker
 @pytest.mark.skipif(VMM != "firecracker", reason="Firecracker's points are reached in its lane: make test-firecracker")
-@pytest.mark.timeout(within(300))
 def test_firecrackers_failpoints(lives: list[Lives]) -> None:
     """Of the points those that no other VMM has, for the lane's subset."""
     points = {point for point in all_points() if point.startswith(FIRECRACKERS)}
@@ -210,7 +209,6 @@ def _dies(server: Mortal, point: str, *words: object) -> None:
     server.start()
 
 
-@pytest.mark.timeout(within(300))
 def test_images_of_a_server_that_dies(maker: Mortal, workdir: Path) -> None:
     """At each point of an import; the next server has the image whole or not at all, and an import gives it."""
     points = [point for point in all_points() if point.startswith("library.")]
@@ -229,7 +227,6 @@ def test_images_of_a_server_that_dies(maker: Mortal, workdir: Path) -> None:
         maker.cli("image", "rm", name).ok()
 
 
-@pytest.mark.timeout(within(300))
 def test_builds_of_a_server_that_dies(maker: Mortal) -> None:
     """Before anything is built: of the build nothing is left, its VM neither. Whatever image the builder is to be of."""
     points = [point for point in all_points() if point.startswith("build.")]

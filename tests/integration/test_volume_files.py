@@ -14,7 +14,7 @@ import pytest
 from conftest import LIVING
 from harness.cli import Cli
 from harness.server import Server
-from harness.tools import until, within
+from harness.tools import until
 from harness.world import World
 
 
@@ -158,7 +158,6 @@ def test_a_full_disk(elsewhere: Elsewhere, workdir: Path) -> None:
     assert elsewhere.files() == set()
 
 
-@pytest.mark.timeout(within(300))
 def test_a_file_system_that_takes_a_repair(server: Server, workdir: Path) -> None:
     """Its VM does not start and says what to do, which helps; a file system without a superblock is repaired too."""
     cli = server.cli

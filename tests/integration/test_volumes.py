@@ -24,7 +24,6 @@ def _volume(cli: Cli, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.firecracker
-@pytest.mark.timeout(within(400))
 def test_what_is_in_a_volume_outlives_vms(server: Server) -> None:
     """Written, grown, left behind by a VMM that was killed, and read by another VM: three boots."""
     cli = server.cli
@@ -105,7 +104,8 @@ def mortal(world: World, workdir: Path) -> Iterator[Mortal]:
     assert not left, left
 
 
-@pytest.mark.timeout(within(300))
+# With the end of all servers, as the last.
+@pytest.mark.timeout(within(900))
 def test_every_failpoint_of_volumes(mortal: Mortal) -> None:
     """It dies at each; the next one has no file without a record, no record without a file, and does what is asked again."""
     cli = mortal.start().cli
