@@ -1,5 +1,6 @@
 """Sweeps away what runs of these tests left that were killed themselves: `python -m harness.sweep`."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -27,7 +28,8 @@ def sweep() -> None:
     for name in run("ip", "netns", "list").split():
         if (found := re.fullmatch(r"cpt-(host|net|hand)-(\d+)", name)) and not _lives(found[2]):
             for pid in run("ip", "netns", "pids", name, check=False).split():
-                os.kill(int(pid), 9)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), 9)
             run("ip", "netns", "del", name, check=False)
 
 
