@@ -9,8 +9,8 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clawpot_host::cgroup::{Cgroup, Limits};
-use clawpot_host::process::{Identity, Output, Rlimits, Spawn, User};
+use clawpot_host::cgroup::{Cgroup, Limits, Member};
+use clawpot_host::process::{Identity, Output, Rlimits, Spawn, User, is_alive};
 use clawpot_types::{Error, Kind, Result};
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 
@@ -22,7 +22,7 @@ const DESCRIPTORS: u64 = 2048;
 /// Bytes of queries that wait while the process is busy: a burst of some thousand, of all guests.
 const RECEIVE_BUFFER: usize = 1 << 20;
 
-/// For a killed process to be gone.
+/// For a killed process to be gone, and for a new one to be there whole.
 const GONE: Duration = Duration::from_secs(5);
 
 /// The resolver as it should be. Makes nothing by itself.
@@ -93,7 +93,7 @@ impl Resolver {
             Err(error) if error.kind() == Kind::NotFound => return Ok(false),
             Err(error) => return Err(error),
         };
-        Ok(identity.exe == (program.dev(), program.ino()) && cmdline(member.pid).await == self.cmdline())
+        Ok(identity.exe == (program.dev(), program.ino()) && cmdline(member).await == self.cmdline())
     }
 
     /// The group goes too: once a group was killed, Linux (6.18 seen) kills whatever is born into it afterwards.
@@ -164,14 +164,17 @@ impl Resolver {
     }
 }
 
-/// Of a process that lives. Empty for a moment after exec: the kernel closes our pipe before it lays the arguments down.
-async fn cmdline(pid: u32) -> Vec<u8> {
-    for _ in 0..50 {
-        let bytes = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        if !bytes.is_empty() {
-            return bytes;
+/// Of a process that lives. Empty for a moment after exec: the kernel closes our pipe before it lays the arguments down. On a
+/// busy machine the moment is longer than a look or two, and a resolver that was taken for another's would be started again.
+async fn cmdline(process: &Member) -> Vec<u8> {
+    let laid_down = async {
+        loop {
+            let bytes = std::fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
+            if !bytes.is_empty() || !is_alive(&process.pidfd).unwrap_or(false) {
+                return bytes;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    Vec::new()
+    };
+    tokio::time::timeout(GONE, laid_down).await.unwrap_or_default()
 }

@@ -7,7 +7,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,8 @@ const USER: User = User { uid: 1_999_999_999, gid: 1_999_999_999 };
 struct World {
     root: tempfile::TempDir,
     resolver: Resolver,
-    asked: Arc<AtomicU32>,
+    /// The names have moved meanwhile: the host's resolvers answer otherwise than before.
+    moved: Arc<AtomicBool>,
     _silent: UdpSocket,
 }
 
@@ -67,9 +68,9 @@ impl World {
         // Its user must be able to get at resolv.conf, as it can at the host's.
         std::fs::set_permissions(root.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let group = format!("clawpot-edge-test/{}-{name}", std::process::id());
-        let asked = Arc::new(AtomicU32::new(0));
-        serve_names(FIRST, Ipv4Addr::new(192, 0, 2, 1), &asked);
-        serve_names(SECOND, Ipv4Addr::new(192, 0, 2, 2), &asked);
+        let moved = Arc::new(AtomicBool::new(false));
+        serve_names(FIRST, Ipv4Addr::new(192, 0, 2, 1), &moved);
+        serve_names(SECOND, Ipv4Addr::new(192, 0, 2, 2), &moved);
         let resolver = Resolver {
             program: env!("CARGO_BIN_EXE_clawpot-edge").into(),
             user: USER,
@@ -78,7 +79,7 @@ impl World {
             log: root.path().join("resolver.log"),
             resolv_conf: root.path().join("resolv.conf"),
         };
-        let world = Self { root, resolver, asked, _silent: UdpSocket::bind((SILENT, 53)).unwrap() };
+        let world = Self { root, resolver, moved, _silent: UdpSocket::bind((SILENT, 53)).unwrap() };
         world.resolv_conf(&format!("nameserver {FIRST}\n"));
         world
     }
@@ -99,9 +100,11 @@ impl World {
 }
 
 /// The host's resolver: knows `host.test` (as `answer`), `long.test` (much), and nothing else.
-fn serve_names(at: Ipv4Addr, answer: Ipv4Addr, asked: &Arc<AtomicU32>) {
+fn serve_names(at: Ipv4Addr, answer: Ipv4Addr, moved: &Arc<AtomicBool>) {
     let (udp, tcp) = (UdpSocket::bind((at, 53)).unwrap(), TcpListener::bind((at, 53)).unwrap());
+    let moved = Arc::clone(moved);
     let reply = move |bytes: &[u8], room: usize| {
+        let answer = if moved.load(Ordering::Relaxed) { Ipv4Addr::new(192, 0, 2, 99) } else { answer };
         let query = Message::from_vec(bytes).unwrap();
         let mut reply = Message::response(query.metadata.id, query.metadata.op_code);
         reply.metadata.recursion_available = true;
@@ -129,16 +132,16 @@ fn serve_names(at: Ipv4Addr, answer: Ipv4Addr, asked: &Arc<AtomicU32>) {
         let bytes = reply.to_vec().unwrap();
         if bytes.len() > room { reply.truncate().to_vec().unwrap() } else { bytes }
     };
-    let count = Arc::clone(asked);
+    let by_udp = reply.clone();
     std::thread::spawn(move || {
         let mut bytes = [0; 4096];
         while let Ok((length, from)) = udp.recv_from(&mut bytes) {
-            count.fetch_add(1, Ordering::Relaxed);
-            udp.send_to(&reply(&bytes[..length], 1232), from).unwrap();
+            udp.send_to(&by_udp(&bytes[..length], 1232), from).unwrap();
         }
     });
     std::thread::spawn(move || {
         while let Ok((mut stream, _)) = tcp.accept() {
+            let reply = reply.clone();
             std::thread::spawn(move || {
                 while let Some(question) = read_frame(&mut stream) {
                     write_frame(&mut stream, &reply(&question, usize::MAX));
@@ -183,14 +186,14 @@ fn ask_from(source: Ipv4Addr, query: &Message, patience: Duration) -> Option<Mes
 
 async fn ask(query: &Message) -> Message {
     let query = query.clone();
-    let asked = tokio::task::spawn_blocking(move || ask_from(Ipv4Addr::LOCALHOST, &query, Duration::from_secs(10)));
+    let asked = tokio::task::spawn_blocking(move || ask_from(Ipv4Addr::LOCALHOST, &query, Duration::from_secs(60)));
     asked.await.unwrap().expect("an answer")
 }
 
 async fn ask_tcp(queries: Vec<Message>) -> Vec<Message> {
     let asked = tokio::task::spawn_blocking(move || {
         let mut stream = TcpStream::connect((ADDRESS, 53)).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let mut one = |query: Message| {
             write_frame(&mut stream, &query.to_vec().unwrap());
             Message::from_vec(&read_frame(&mut stream).unwrap()).unwrap()
@@ -217,9 +220,9 @@ fn answers_as_the_hosts_resolver_does() {
         assert_eq!(addresses(&found), [Ipv4Addr::new(192, 0, 2, 1)]);
         assert!(found.metadata.recursion_available && found.metadata.recursion_desired);
         assert_eq!(found.queries[0].name().to_ascii(), "HoSt.test.", "the question as it was asked");
-        let asked = world.asked.load(Ordering::Relaxed);
-        ask(&query("host.test.", RecordType::A)).await;
-        assert_eq!(world.asked.load(Ordering::Relaxed), asked, "from the cache");
+        world.moved.store(true, Ordering::Relaxed);
+        let again = ask(&query("host.test.", RecordType::A)).await;
+        assert_eq!(addresses(&again), [Ipv4Addr::new(192, 0, 2, 1)], "from the cache");
 
         let nothing = ask(&query("host.test.", RecordType::AAAA)).await;
         assert_eq!((nothing.metadata.response_code, nothing.answers.len()), (ResponseCode::NoError, 0));
@@ -260,7 +263,7 @@ fn nonsense_gets_no_answer_and_does_no_harm() {
                 socket.send_to(bytes, (ADDRESS, 53)).unwrap();
             }
             let silent = socket.recv(&mut [0; 512]).is_err();
-            socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
             // A header of a question and then nothing that it promises: a number to answer to.
             socket.send_to(&[1, 2, 1, 0, 0, 9, 0, 0, 0, 0, 0, 0], (ADDRESS, 53)).unwrap();
             let mut bytes = [0; 512];
@@ -298,7 +301,8 @@ fn follows_resolv_conf() {
         tokio::time::sleep(Duration::from_millis(1100)).await;
         let start = Instant::now();
         assert_eq!(ask(&query("host.test.", RecordType::A)).await.metadata.response_code, ResponseCode::ServFail);
-        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+        // That it is before a guest asks again is by its own limit (`PATIENCE`); here a busy machine takes its time too.
+        assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
     });
 }
 
@@ -365,13 +369,6 @@ fn has_no_privilege_and_is_kept_replaced_and_removed() {
         // An upgrade puts another file in its place.
         install(&world.resolver.program, &own);
         assert_eq!(resolver.ensure().await.unwrap(), Kept::Started);
-        std::thread::sleep(Duration::from_millis(300));
-        println!(
-            "{:?} {:?}",
-            resolver.cgroup.members(),
-            std::fs::read_to_string(resolver.cgroup.path().join("cgroup.procs"))
-        );
-        println!("{}", world.log());
         assert_ne!(world.pid(), first);
         // Its address moved with the instance's block.
         resolver.address = Ipv4Addr::new(127, 0, 0, 98);

@@ -18,9 +18,12 @@ use hickory_resolver::system_conf::parse_resolv_conf;
 /// How often the file is looked at, at most.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// For one query at all servers, retries included. A guest's own resolver tries again after 5 s (glibc's default) and shall
-/// hear of the failure before.
+/// For one query at all servers, retries included. A guest's own resolver shall hear of the failure before it tries again.
 const PATIENCE: Duration = Duration::from_millis(4500);
+
+/// After which that one does: glibc's default.
+const A_GUESTS_PATIENCE: Duration = Duration::from_secs(5);
+const _: () = assert!(PATIENCE.as_millis() < A_GUESTS_PATIENCE.as_millis());
 
 /// For one try at one server.
 const ONE_TRY: Duration = Duration::from_secs(2);
