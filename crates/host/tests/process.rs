@@ -176,10 +176,12 @@ async fn a_cgroup_is_the_set_of_its_processes() {
 
     group.kill().unwrap();
     tokio::time::timeout(Duration::from_secs(30), group.empty()).await.unwrap().unwrap();
-    // The child is a zombie now: gone, as far as anyone cares.
     assert!(group.members().unwrap().is_empty());
-    assert!(matches!(identity.prove().unwrap(), Proof::Gone));
+    // Its group is empty a moment before a process has ended.
     ended(&member.pidfd).await.unwrap();
+    ended(&child).await.unwrap();
+    // The child is a zombie now: gone, as far as anyone cares.
+    assert!(matches!(identity.prove().unwrap(), Proof::Gone));
     group.remove().await.unwrap();
     group.remove().await.unwrap();
     assert!(!group.exists().unwrap());
@@ -265,14 +267,19 @@ async fn limits_hold_where_the_host_has_the_controllers() {
     let swap = std::fs::read_to_string("/proc/swaps").unwrap().lines().count() > 1;
     let exit = confined("exec dd if=/dev/zero of=/dev/null bs=128M count=1", &group).wait().await.unwrap();
     assert_eq!(exit == Exit::Signal(9), has("memory") && !swap, "{exit}");
-    // A tenth of a CPU.
+    // A tenth of a CPU, in the long run: a host that stands still for a moment may count that as used, and it is paid back.
     let started = Instant::now();
     let child = confined("while :; do :; done", &group);
-    tokio::time::sleep(Duration::from_millis(800)).await;
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.pid())).unwrap();
-    let ticks: u32 = stat.split(' ').nth(13).unwrap().parse().unwrap();
-    let passed = started.elapsed().as_millis() / 10;
-    assert!(u128::from(ticks) < passed / 10 + 22 || !has("cpu"), "{ticks} hundredths of a second of {passed}");
+    loop {
+        tokio::time::sleep(Duration::from_millis(800)).await;
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.pid())).unwrap();
+        let ticks: u32 = stat.split(' ').nth(13).unwrap().parse().unwrap();
+        let passed = started.elapsed().as_millis() / 10;
+        if u128::from(ticks) < passed / 10 + 22 || !has("cpu") {
+            break;
+        }
+        assert!(started.elapsed() < Duration::from_secs(60), "{ticks} hundredths of a second of {passed}");
+    }
     child.kill().unwrap();
     child.wait().await.unwrap();
 
