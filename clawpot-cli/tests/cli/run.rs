@@ -82,14 +82,21 @@ fn a_failed_boot_is_told_and_the_vm_kept_for_inspection() {
     assert_eq!(fake.state.find("brave-otter").unwrap().phase(), Phase::Failed);
 }
 
+/// The VM boots, and the program has learnt of it and waits for it.
+fn until_it_waits(fake: &Fake) {
+    let booting = || fake.state.find("brave-otter").is_ok_and(|vm| vm.phase() == Phase::Booting);
+    eventually("it boots", booting);
+    eventually("it is waited for", || fake.state.is_watched());
+    // It listens to signals from the same moment on.
+    std::thread::sleep(Duration::from_millis(100));
+}
+
 #[test]
 fn an_interrupt_during_the_boot_removes_what_was_to_be_removed() {
     for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
         let fake = Fake::start();
         let child = fake.clawpot(&["run", "--rm", "slow", "--", "true"]).spawn().unwrap();
-        let booting = || fake.state.find("brave-otter").is_ok_and(|vm| vm.phase() == Phase::Booting);
-        eventually("it boots", booting);
-        std::thread::sleep(Duration::from_millis(100));
+        until_it_waits(&fake);
         kill(&child, signal);
         assert_eq!(ended(child).code, Some(code));
         assert!(fake.state.vms.lock().unwrap().is_empty());
@@ -100,8 +107,7 @@ fn an_interrupt_during_the_boot_removes_what_was_to_be_removed() {
 fn an_interrupt_of_create_tells_what_was_made() {
     let fake = Fake::start();
     let child = fake.clawpot(&["create", "--wait", "slow"]).spawn().unwrap();
-    eventually("it boots", || fake.state.find("brave-otter").is_ok_and(|vm| vm.phase() == Phase::Booting));
-    std::thread::sleep(Duration::from_millis(100));
+    until_it_waits(&fake);
     kill(&child, Signal::INT);
     let ran = ended(child);
     assert_eq!((ran.code, ran.out.as_str()), (Some(130), ""));

@@ -67,6 +67,11 @@ impl State {
         self.changed.subscribe()
     }
 
+    /// Whether somebody waits for a change.
+    pub fn is_watched(&self) -> bool {
+        self.changed.receiver_count() > 0
+    }
+
     pub fn find(&self, given: &str) -> Result<Vm, Status> {
         let vms = self.vms.lock().unwrap();
         let found = vms.values().find(|vm| vm.name == given || vm.id.starts_with(given)).cloned();
