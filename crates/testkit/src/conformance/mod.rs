@@ -42,7 +42,7 @@ impl std::fmt::Debug for Subject {
 }
 
 /// How long a stream may take to say what it has to say.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) fn put(key: &str, value: &str) -> Op {
     Op::Put { key: key.to_owned(), value: value.as_bytes().to_vec() }
