@@ -191,7 +191,7 @@ async fn a_guest_boots_is_adopted_and_dies() {
     assert_eq!(qemu.list().await.unwrap(), vec![machine.id.clone()]);
     qemu.attach(&machine.id, &machine.seat).await.unwrap();
     assert_eq!(qemu.inspect(&machine.id).await, RUNNING);
-    clawpot_host::netns::connect_tcp_in(&netns, address, second).await.unwrap();
+    clawpot_host::netns::connect_tcp_in(&netns, address, common::LONG).await.unwrap();
     greeted_through_its_socket(&world).await;
     world.qemu.stop(&machine.id).await.unwrap();
     qemu.exited(&machine.id).await;
