@@ -7,11 +7,15 @@ use super::Outcome;
 use crate::api::{Api, retrying};
 use crate::args::{VmArgs, vm::image};
 use crate::cli::Global;
+use crate::exec::Signals;
 use crate::failure::Failure;
 use crate::output::note;
 use crate::output::progress::Progress;
 use crate::view::vm::{called, phase};
 use crate::watch::{Goal, Wait};
+
+/// The server was asked, and its answer not waited for.
+pub(super) const UNKNOWN: &str = "whether the VM was made is not known; `clawpot ls` tells";
 
 /// Create a VM and start it; its name is printed
 #[derive(Debug, clap::Args)]
@@ -29,12 +33,20 @@ pub struct Args {
 pub async fn run(global: &Global, args: Args) -> Outcome {
     let request = args.vm.request(&args.image, crate::exec::random_id()?.to_string())?;
     let api = global.api().await?;
-    let mut vm = create(&api, request).await?;
+    // From before there is a VM of whose name nobody would know.
+    let mut signals = Signals::listen()?;
+    let mut vm = tokio::select! {
+        vm = create(&api, request) => vm?,
+        code = signals.asked_to_end() => {
+            note(UNKNOWN);
+            return Ok(code);
+        }
+    };
     if args.wait {
         tokio::select! {
             running = until_running(&api, &vm) => vm = running?,
             // Its name may be known to nobody but us.
-            code = super::asked_to_end() => {
+            code = signals.asked_to_end() => {
                 note(&format!("VM {} boots on; `clawpot rm {0}` deletes it", called(&vm)));
                 return Ok(code);
             }

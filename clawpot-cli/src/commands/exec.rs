@@ -8,7 +8,8 @@ use clawpot_common::v1::EnvVar;
 use super::Outcome;
 use crate::args::{ProcessArgs, env};
 use crate::cli::Global;
-use crate::exec::{self, Call};
+use crate::exec::{self, Call, Signals};
+use crate::failure::Failure;
 
 /// Run a command in a VM, waiting for it if it is on its way
 ///
@@ -36,7 +37,9 @@ pub struct Args {
 
 pub async fn run(global: &Global, args: Args) -> Outcome {
     let process = args.process.process(args.command, false)?;
-    let api = global.api().await.map_err(|failure| failure.code(exec::end::OWN_FAILURE))?;
+    let own = |failure: Failure| failure.code(exec::end::OWN_FAILURE);
+    let api = global.api().await.map_err(own)?;
+    let signals = Signals::listen().map_err(own)?;
     let call = Call {
         called: args.vm.clone(),
         vm: args.vm,
@@ -45,5 +48,5 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
         cwd: args.workdir.unwrap_or_default(),
         user: args.user.unwrap_or_default(),
     };
-    exec::run(api, call).await
+    exec::run(api, call, signals).await
 }

@@ -35,22 +35,6 @@ pub type Outcome = Result<u8, Failure>;
 /// Exit code of an interrupted program: 128 + SIGINT.
 const INTERRUPTED: u8 = 130;
 
-/// Exit code of one that was asked to end: 128 + SIGTERM.
-const TERMINATED: u8 = 143;
-
-/// Waits until this program is asked to end, by Ctrl-C or as `timeout` asks; the exit code that tells of it.
-async fn asked_to_end() -> u8 {
-    use tokio::signal::unix::{SignalKind, signal};
-    let one = async |kind| match signal(kind) {
-        Ok(mut signals) => drop(signals.recv().await),
-        Err(_) => std::future::pending().await,
-    };
-    tokio::select! {
-        () = one(SignalKind::interrupt()) => INTERRUPTED,
-        () = one(SignalKind::terminate()) => TERMINATED,
-    }
-}
-
 pub async fn dispatch(cli: Cli) -> Outcome {
     let global = &cli.global;
     match cli.verb {

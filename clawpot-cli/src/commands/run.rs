@@ -11,7 +11,7 @@ use super::Outcome;
 use crate::api::{Api, retrying};
 use crate::args::{ProcessArgs, VmArgs, process::Process, vm::image};
 use crate::cli::Global;
-use crate::exec::{self, Call, end::OWN_FAILURE};
+use crate::exec::{self, Call, Signals, end::OWN_FAILURE};
 use crate::failure::Failure;
 use crate::output::note;
 use crate::view::vm::called;
@@ -50,12 +50,20 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
     let api = global.api().await.map_err(own)?;
     let image = describe(&api, &args.image.to_string()).await.map_err(own)?;
     let mut process = args.process(&image)?;
-    let vm = super::create::create(&api, request).await.map_err(own)?;
+    // From before there is a VM that could be left behind.
+    let mut signals = Signals::listen().map_err(own)?;
+    let vm = tokio::select! {
+        vm = super::create::create(&api, request) => vm.map_err(own)?,
+        code = signals.asked_to_end() => {
+            note(if args.rm { "if the VM was made, the server deletes it" } else { super::create::UNKNOWN });
+            return Ok(code);
+        }
+    };
     // Between the two the name may have come to mean another image.
     if image.image.as_ref().is_some_and(|image| image.digest != vm.image_digest) && !vm.image_digest.is_empty() {
         process = args.process(&describe(&api, &vm.image_digest).await.map_err(own)?)?;
     }
-    let outcome = boot_and_exec(&api, &vm, process).await;
+    let outcome = boot_and_exec(&api, &vm, process, signals).await;
     match args.rm {
         true => remove(&api, &vm).await,
         false => note(&format!("VM {} stays; `clawpot rm {0}` deletes it", called(&vm))),
@@ -98,15 +106,15 @@ async fn describe(api: &Api, image: &str) -> Result<ImageDetail, Failure> {
     .await
 }
 
-async fn boot_and_exec(api: &Api, vm: &Vm, process: Process) -> Outcome {
+async fn boot_and_exec(api: &Api, vm: &Vm, process: Process, mut signals: Signals) -> Outcome {
     tokio::select! {
         running = super::create::until_running(api, vm) => running.map_err(|failure| failure.code(OWN_FAILURE))?,
-        code = super::asked_to_end() => return Ok(code),
+        code = signals.asked_to_end() => return Ok(code),
     };
     // Environment, directory and user are the VM's own: each of its commands has them.
     let called = called(vm).to_owned();
     let call = Call { vm: vm.id.clone(), called, process, env: Vec::new(), cwd: String::new(), user: String::new() };
-    exec::run(api.clone(), call).await
+    exec::run(api.clone(), call, signals).await
 }
 
 /// The server deletes it by itself too; we ask so that it is gone when we are. What goes wrong does not change how the

@@ -38,16 +38,17 @@ impl End {
             Self::Exited(exited) => Ok(match exited.end {
                 // A code that no Linux process can have is a failure all the same.
                 Some(Exit::Code(code)) => u8::try_from(code).unwrap_or(u8::MAX),
-                Some(Exit::Signal(number)) => signalled(number),
+                Some(Exit::Signal(number)) => of_signal(number),
                 None => OWN_FAILURE,
             }),
             Self::Failed { program, failed } => Err(failure(&program, &failed)),
-            Self::Left { signal } => Ok(signalled(signal)),
+            Self::Left { signal } => Ok(of_signal(signal)),
         }
     }
 }
 
-fn signalled(number: i32) -> u8 {
+/// As shells tell of it.
+pub fn of_signal(number: i32) -> u8 {
     u8::try_from(number).ok().and_then(|number| SIGNALLED.checked_add(number)).unwrap_or(u8::MAX)
 }
 

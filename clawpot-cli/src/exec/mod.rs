@@ -19,6 +19,8 @@ pub mod terminal;
 mod wires;
 mod writer;
 
+pub use signals::Signals;
+
 use clawpot_common::v1::{EnvVar, ExecStart};
 use clawpot_types::ExecId;
 
@@ -40,13 +42,14 @@ pub struct Call {
 }
 
 /// Runs it to its end; the exit code that it or its end stands for.
-pub async fn run(api: Api, call: Call) -> Result<u8, Failure> {
+/// `signals` were listened to from before there was anything to undo or to leave: none is lost.
+pub async fn run(api: Api, call: Call, signals: Signals) -> Result<u8, Failure> {
     let reconnect = call.process.reconnect_timeout;
     let program = call.process.argv.first().map(|word| String::from_utf8_lossy(word).into_owned()).unwrap_or_default();
     let called = format!("VM {}: {program}", call.called);
     let start = call.start(random_id()?);
     let raw = terminal::Raw::enter_if(start.tty);
-    let end = session::Session::new(api, start, called, reconnect)?.until_end().await;
+    let end = session::Session::new(api, start, called, (reconnect, signals))?.until_end().await;
     drop(raw);
     end.map_err(|failure| failure.code(end::OWN_FAILURE)).and_then(end::End::exit_code)
 }

@@ -73,7 +73,12 @@ enum Event {
 }
 
 impl Session {
-    pub fn new(api: Api, start: ExecStart, called: String, reconnect: Duration) -> Result<Self, Failure> {
+    pub fn new(
+        api: Api,
+        start: ExecStart,
+        called: String,
+        (reconnect, signals): (Duration, Signals),
+    ) -> Result<Self, Failure> {
         let mut outbox = Outbox::default();
         let stdin = if start.stdin { Some(stdin::read()?) } else { None };
         if stdin.is_none() {
@@ -90,7 +95,7 @@ impl Session {
             unwritten: None,
             writer: Writer::start()?,
             stdin,
-            signals: Signals::listen()?,
+            signals,
             interrupts: Interrupts::default(),
             away: None,
             end: None,

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal as Source, SignalKind, signal};
 
+use super::end;
 use crate::failure::Failure;
 
 /// A second Ctrl-C within this time ends the process instead of asking it.
@@ -58,6 +59,15 @@ impl Signals {
             _ = self.user1.recv() => number(SignalKind::user_defined1()),
             _ = self.user2.recv() => number(SignalKind::user_defined2()),
             _ = self.window.recv() => Signal::Resize,
+        }
+    }
+
+    /// Waits until this program is asked to end, before there is a process that could be told; the exit code that tells of it.
+    pub async fn asked_to_end(&mut self) -> u8 {
+        loop {
+            if let Signal::Number(signal) = self.next().await {
+                return end::of_signal(signal);
+            }
         }
     }
 }

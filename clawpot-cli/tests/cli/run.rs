@@ -1,7 +1,5 @@
 //! `run`: a VM for one command.
 
-use std::time::Duration;
-
 use clawpot_common::v1::Phase;
 use rustix::process::Signal;
 
@@ -87,8 +85,6 @@ fn until_it_waits(fake: &Fake) {
     let booting = || fake.state.find("brave-otter").is_ok_and(|vm| vm.phase() == Phase::Booting);
     eventually("it boots", booting);
     eventually("it is waited for", || fake.state.is_watched());
-    // It listens to signals from the same moment on.
-    std::thread::sleep(Duration::from_millis(100));
 }
 
 #[test]
@@ -100,6 +96,24 @@ fn an_interrupt_during_the_boot_removes_what_was_to_be_removed() {
         kill(&child, signal);
         assert_eq!(ended(child).code, Some(code));
         assert!(fake.state.vms.lock().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn an_interrupt_before_the_answer_says_what_is_not_known() {
+    let unknown = "clawpot: whether the VM was made is not known; `clawpot ls` tells\n";
+    let deleted = "clawpot: if the VM was made, the server deletes it\n";
+    for (args, told) in [
+        (["run", "never", "true"].as_slice(), unknown),
+        (&["run", "--rm", "never", "true"], deleted),
+        (&["create", "never"], unknown),
+    ] {
+        let fake = Fake::start();
+        let child = fake.clawpot(args).spawn().unwrap();
+        eventually("it asks for a VM", || !fake.state.creates.lock().unwrap().is_empty());
+        kill(&child, Signal::INT);
+        let ran = ended(child);
+        assert_eq!((ran.code, ran.err.as_str()), (Some(130), told), "{args:?}");
     }
 }
 

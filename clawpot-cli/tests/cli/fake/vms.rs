@@ -153,6 +153,9 @@ impl VmService for Service {
             status.metadata_mut().insert("clawpot-hint", "`clawpot image ls` lists the images".parse().unwrap());
             return Err(status);
         }
+        if spec.image == "never" {
+            return std::future::pending().await;
+        }
         let name = if request.name.is_empty() { "brave-otter".to_owned() } else { request.name };
         let mut vm = vm(&name, &spec.image);
         vm.phase = Phase::Accepted.into();
