@@ -153,22 +153,35 @@ mod tests {
         BuildOrder { flake, attr: attr.to_owned(), timeout_secs: 60, substitute: false }
     }
 
-    /// A VM's socket that takes one connection.
+    /// A VM's socket that takes one connection: whoever asked may have given up before it was answered.
     fn guest<F>(path: &Path, serve: impl FnOnce(UnixStream) -> F + Send + 'static) -> tokio::task::JoinHandle<()>
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let listener = unix::listen(path).unwrap();
         tokio::spawn(async move {
-            let (mut stream, _) = listener.accept().await.unwrap();
-            assert_eq!(connect::accept(&mut stream).await.unwrap(), builder::PORT);
-            connect::confirm(&mut stream, 1025).await.unwrap();
+            let stream = loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let Ok(port) = connect::accept(&mut stream).await else { continue };
+                assert_eq!(port, builder::PORT);
+                if connect::confirm(&mut stream, 1025).await.is_ok() {
+                    break stream;
+                }
+            };
             serve(stream).await;
         })
     }
 
     async fn build(path: &Path, order: BuildOrder) -> Result<BoxStream<Result<BuilderSays>>> {
-        BuilderClient.build(&GuestEndpoint::Vsock(path.to_owned()), order).await
+        let endpoint = GuestEndpoint::Vsock(path.to_owned());
+        // As the server does: a connection that does not come about in 250 ms is tried again.
+        for _ in 0..200 {
+            match BuilderClient.build(&endpoint, order.clone()).await {
+                Err(error) if error.kind() == Kind::Unavailable => {}
+                done => return done,
+            }
+        }
+        BuilderClient.build(&endpoint, order).await
     }
 
     async fn request_of(stream: &mut UnixStream) -> String {

@@ -229,7 +229,7 @@ async fn a_vmm_moved_out_of_its_group_has_not_ended() {
         Fact::Present(VmmFact::Unproven { why }) => why.contains(&pid.to_string()),
         other => panic!("{other:?}"),
     };
-    let limit = Duration::from_secs(5);
+    let limit = Duration::from_secs(60);
     let waiting = tokio::spawn({
         let (jails, id) = (first.clone(), machine.id.clone());
         async move { jails.exited(&id).await }
@@ -261,7 +261,8 @@ async fn a_vmm_moved_out_of_its_group_has_not_ended() {
     // Only on a word: it is killed where it is.
     second.stop(&machine.id).unwrap();
     second.exited(&machine.id).await;
-    second.destroy(&machine.id).await.unwrap();
+    // Outside of its group it is given a second to go; whoever destroys it tries again.
+    common::until("its removal", async || second.destroy(&machine.id).await.is_ok()).await;
     assert_eq!(second.inspect(&machine.id).await, Fact::Absent);
     assert!(!Path::new(&format!("/proc/{pid}/exe")).exists());
     consoles.erase(&machine.id.vm).await.unwrap();

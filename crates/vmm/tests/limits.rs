@@ -137,10 +137,16 @@ async fn one_that_spins_gets_its_share_and_no_more() {
     let throttled = || entry(&wild.says("cpu.stat", "cpu.stat", "cpu"), "nr_throttled");
     common::until("a limit that is felt", async || throttled() > 0).await;
     let (started, before) = (Instant::now(), used());
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    let ticks = used() - before;
-    let passed = u64::try_from(started.elapsed().as_millis()).unwrap() / 10;
     // 20 hundredths of a second are its due in 2 s; without a limit it takes what the host can spare, up to 400.
-    assert!(ticks <= passed / 10 + 20, "{ticks} hundredths of a second in {passed}");
+    // In the long run: a host that stands still for a moment may count that as used, and it is paid back.
+    loop {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let ticks = used() - before;
+        let passed = u64::try_from(started.elapsed().as_millis()).unwrap() / 10;
+        if ticks <= passed / 10 + 20 {
+            break;
+        }
+        assert!(started.elapsed() < Duration::from_secs(60), "{ticks} hundredths of a second in {passed}");
+    }
     wild.end().await;
 }

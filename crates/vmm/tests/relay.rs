@@ -242,7 +242,12 @@ async fn it_ends_with_its_machine_and_holds_nothing() {
     world.relays.finish(&world.id).await;
     assert_eq!(client.read(&mut [0; 8]).await.unwrap_or(0), 0);
     drop((guest, silent));
-    assert_eq!(world.sockets(), 0, "a socket outlives its machine and holds the namespace");
+    // The kernel may have the last words of a connection still to deliver. One that lingers does so for a minute.
+    let soon = Instant::now() + Duration::from_secs(15);
+    while world.sockets() > 0 {
+        assert!(Instant::now() < soon, "a socket outlives its machine and holds the namespace");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 
     // Another daemon serves it again, though the old one's file is there.
     assert!(world.socket.exists());
