@@ -49,7 +49,7 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
     let own = |failure: Failure| failure.code(OWN_FAILURE);
     let api = global.api().await.map_err(own)?;
     let image = describe(&api, &args.image.to_string()).await.map_err(own)?;
-    let mut process = args.process(&image)?;
+    let process = args.process(&image)?;
     // From before there is a VM that could be left behind.
     let mut signals = Signals::listen().map_err(own)?;
     let vm = tokio::select! {
@@ -59,11 +59,22 @@ pub async fn run(global: &Global, args: Args) -> Outcome {
             return Ok(code);
         }
     };
-    // Between the two the name may have come to mean another image.
-    if image.image.as_ref().is_some_and(|image| image.digest != vm.image_digest) && !vm.image_digest.is_empty() {
-        process = args.process(&describe(&api, &vm.image_digest).await.map_err(own)?)?;
-    }
-    let outcome = boot_and_exec(&api, &vm, process, signals).await;
+    let ready = async {
+        let running = super::create::until_running(&api, &vm).await.map_err(own)?;
+        // Between the two the name may have come to mean another image.
+        let known = image.image.as_ref().is_none_or(|image| image.digest == running.image_digest);
+        if known || running.image_digest.is_empty() {
+            return Ok(process);
+        }
+        args.process(&describe(&api, &running.image_digest).await.map_err(own)?)
+    };
+    let outcome = tokio::select! {
+        process = ready => match process {
+            Ok(process) => exec(&api, &vm, process, signals).await,
+            Err(failure) => Err(failure),
+        },
+        code = signals.asked_to_end() => Ok(code),
+    };
     match args.rm {
         true => remove(&api, &vm).await,
         false => note(&format!("VM {} stays; `clawpot rm {0}` deletes it", called(&vm))),
@@ -106,11 +117,7 @@ async fn describe(api: &Api, image: &str) -> Result<ImageDetail, Failure> {
     .await
 }
 
-async fn boot_and_exec(api: &Api, vm: &Vm, process: Process, mut signals: Signals) -> Outcome {
-    tokio::select! {
-        running = super::create::until_running(api, vm) => running.map_err(|failure| failure.code(OWN_FAILURE))?,
-        code = signals.asked_to_end() => return Ok(code),
-    };
+async fn exec(api: &Api, vm: &Vm, process: Process, signals: Signals) -> Outcome {
     // Environment, directory and user are the VM's own: each of its commands has them.
     let called = called(vm).to_owned();
     let call = Call { vm: vm.id.clone(), called, process, env: Vec::new(), cwd: String::new(), user: String::new() };

@@ -49,7 +49,7 @@ pub async fn run(api: Api, call: Call, signals: Signals) -> Result<u8, Failure> 
     let called = format!("VM {}: {program}", call.called);
     let start = call.start(random_id()?);
     let raw = terminal::Raw::enter_if(start.tty);
-    let end = session::Session::new(api, start, called, (reconnect, signals))?.until_end().await;
+    let end = session::Session::new(api, start, called, reconnect, signals)?.until_end().await;
     drop(raw);
     end.map_err(|failure| failure.code(end::OWN_FAILURE)).and_then(end::End::exit_code)
 }

@@ -77,7 +77,8 @@ impl Session {
         api: Api,
         start: ExecStart,
         called: String,
-        (reconnect, signals): (Duration, Signals),
+        reconnect: Duration,
+        signals: Signals,
     ) -> Result<Self, Failure> {
         let mut outbox = Outbox::default();
         let stdin = if start.stdin { Some(stdin::read()?) } else { None };

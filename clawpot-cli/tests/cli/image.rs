@@ -33,6 +33,8 @@ fn a_run_obeys_the_image() {
     assert_eq!(out(&["run", "app", "--", "three"]), "three\n");
     assert_eq!(out(&["run", "--entrypoint", "", "app", "--", "echo", "four"]), "four\n");
     assert_eq!(out(&["run", "--entrypoint", "echo", "app"]), "\n");
+    // What the VM was made of counts, where the name came to mean another meanwhile.
+    assert_eq!(out(&["run", "moved"]), "one\n");
     // One that cannot be described says nothing; without a command there is nothing to run.
     assert_eq!(out(&["run", "arm", "--", "echo", "x"]), "x\n");
     let ran = fake.run(&["run", "arm"]);

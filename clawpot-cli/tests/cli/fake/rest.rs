@@ -53,10 +53,18 @@ impl ImageService for Service {
     type ImportImageStream = Frames<v1::ImageProgress>;
     type ExportImageStream = Frames<v1::ImageChunk>;
 
-    /// `app` has an entrypoint and a command, `arm` cannot be described, any other says nothing.
+    /// `app` has an entrypoint and a command, and is what VMs are made of; `moved` meant another when it was asked for; `arm` cannot
+    /// be described, any other says nothing.
     async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Answer<v1::ImageDetail> {
         match request.get_ref().image.as_str() {
             "app" => Ok(Response::new(app())),
+            digest if digest == OF_VMS => Ok(Response::new(app())),
+            "moved" => {
+                let mut before = app();
+                before.image.as_mut().unwrap().digest = format!("sha256:{}", "12".repeat(32));
+                before.config.as_mut().unwrap().cmd = vec!["before".into()];
+                Ok(Response::new(before))
+            }
             "arm" => Err(Status::unimplemented("image arm: its version is 9")),
             _ => Ok(Response::new(v1::ImageDetail::default())),
         }
@@ -145,10 +153,13 @@ impl ImageService for Service {
     }
 }
 
+/// Of the image that every VM here was made of.
+pub const OF_VMS: &str = "sha256:abababababababababababababababababababababababababababababababab";
+
 fn app() -> v1::ImageDetail {
     let image = Image {
         name: "app".into(),
-        digest: format!("sha256:{}", "ab".repeat(32)),
+        digest: OF_VMS.into(),
         size_bytes: 350 << 20,
         created_at: Some(prost_types::Timestamp { seconds: 0, nanos: 0 }),
         format: "ext4".into(),

@@ -116,7 +116,7 @@ pub fn vm(name: &str, image: &str) -> Vm {
         created_at: ago(3 * 3_600 + 60),
         phase_changed_at: ago(185),
         timings: vec![took("preparing", 12_400), took("booting", 401_000), took("booting.kernel", 310_900)],
-        image_digest: format!("sha256:{}", "ab".repeat(32)),
+        image_digest: super::rest::OF_VMS.into(),
         vmm: "qemu".into(),
         vmm_version: "7.2.22".into(),
         address: "10.201.0.7".into(),
